@@ -1,0 +1,209 @@
+"""From a YAML, its components file and `key=value` overrides to a checked RunConfig.
+
+Precedence: override over YAML over the component's parameters over the defaults. Every problem is
+found before any is reported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dataflex.config import SELECTOR_KEYS, RunConfig
+from dataflex.errors import UsageError
+from dataflex.peer_keys import PEER_KEYS, PEER_PARAMS, REFUSED_KEYS
+
+PACKAGED_COMPONENTS: dict[str, dict[str, Any]] = {
+    "less": {"name": "less", "params": {}},
+    "random": {"name": "random", "params": {}},
+}
+
+# Keys that name something to read; a relative one is looked up from the working directory, then
+# from the YAML's own folder.
+INPUT_KEYS = (
+    "components_cfg_file",
+    "dataset_dir",
+    "deepspeed",
+    "model_name_or_path",
+    "adapter_name_or_path",
+    "dataset",
+    "eval_dataset",
+    "checkpoint",
+    "train_stores",
+    "eval_stores",
+    "scores",
+    "data",
+)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML without silent duplicates: the second of two equal keys would win unseen."""
+
+
+def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)
+        if isinstance(key, str) and key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", key_node.start_mark)
+        if isinstance(key, str):
+            seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """Read `path` (none: defaults alone), apply `overrides`, and check everything at once.
+
+    Args:
+        path: a YAML file with LLaMA-Factory's or DataFlex's keys.
+        overrides: `"key=value"` texts, the value read as YAML, or a mapping of values.
+
+    Raises:
+        UsageError: naming each missing file, malformed line, unknown key and wrong value.
+    """
+    problems: list[str] = []
+    where = f"config {path}" if path is not None else "config"
+    values = read_yaml_mapping(path, "config") if path is not None else {}
+    folder = Path(path).parent if path is not None else None
+    values.update(_read_overrides(overrides, problems))
+
+    for key, reason in REFUSED_KEYS.items():
+        if values.pop(key, None):
+            problems.append(f"key {key!r}: not supported, {reason}; remove it")
+    unused = _drop_peer_keys(values, RunConfig.model_fields, PEER_KEYS, "key", problems)
+    if folder is not None:
+        for key in INPUT_KEYS:
+            if values.get(key) is not None:
+                values[key] = _locate(values[key], folder)
+
+    defaults, unused_params = _component(values, problems)
+    try:
+        config = RunConfig.model_validate({**defaults, **values})
+    except ValidationError as error:
+        problems += [_describe(item) for item in error.errors()]
+    deepspeed = values.get("deepspeed")
+    if isinstance(deepspeed, str) and not Path(deepspeed).is_file():
+        problems.append(f"key 'deepspeed': no file {deepspeed}")
+    if len(problems) == 1:
+        raise UsageError(f"{where}: {problems[0]}")
+    if problems:
+        raise UsageError(f"{where}: {len(problems)} problems\n" + "\n".join(f"  {problem}" for problem in problems))
+    if unused or unused_params:
+        warnings.warn(f"{where}: keys without effect here: {', '.join(unused + unused_params)}", stacklevel=2)
+    return config
+
+
+def read_yaml_mapping(path: str | Path, what: str) -> dict[str, Any]:
+    """The mapping a YAML file holds; a UsageError names the file and the line otherwise."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{what} {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{what} {path}: not UTF-8 text; a YAML file is expected") from None
+    try:
+        values = yaml.load(text, _UniqueKeyLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UsageError(f"{what} {path}{line}: not valid YAML ({reason})") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{what} {path}: expected lines of `key: value`, found {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+def _read_overrides(overrides: Iterable[str] | Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    if isinstance(overrides, Mapping):
+        return dict(overrides)
+    values: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            problems.append(f"argument {text!r}: expected key=value")
+            continue
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            values[key.strip()] = value  # a text that YAML cannot read is still a text
+    return values
+
+
+def _drop_peer_keys(
+    values: dict[str, Any], known: Iterable[str], peer: frozenset[str], noun: str, problems: list[str]
+) -> list[str]:
+    """Take out what is not ours: returns the peers' keys, notes any other as a problem."""
+    unknown = [key for key in values if key not in known]
+    unused = sorted(key for key in unknown if key in peer)
+    for key in unknown:
+        del values[key]
+        if key not in peer:
+            close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            problems.append(f"{noun} {key!r}: unknown{hint}")
+    return unused
+
+
+def _locate(value: Any, folder: Path) -> Any:
+    """A relative path that only exists beside the YAML becomes a path that leads there."""
+    if isinstance(value, list):
+        return [_locate(item, folder) for item in value]
+    if not isinstance(value, str):
+        return value
+    if "," in value:
+        return ",".join(_locate(part.strip(), folder) for part in value.split(","))
+    if value and not os.path.exists(value) and (folder / value).exists():
+        return str(folder / value)
+    return value
+
+
+def _component(values: dict[str, Any], problems: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """What `component_name` stands for under RunConfig's keys, and its parameters without effect here."""
+    name = values.get("component_name", "less")
+    path = values.get("components_cfg_file")
+    if path is None:
+        components, where = PACKAGED_COMPONENTS, "the packaged components"
+    else:
+        where = f"components file {path}"
+        try:
+            components = read_yaml_mapping(path, "components file")
+        except UsageError as error:
+            problems.append(str(error))
+            return {}, []
+        if isinstance(components.get("selectors"), dict):
+            components = components["selectors"]
+    if name not in components:
+        choices = ", ".join(str(key) for key in components) or "none"
+        problems.append(f"key 'component_name': no {name!r} in {where}; it has {choices}")
+        return {}, []
+    component = components[name]
+    if not isinstance(component, dict) or not isinstance(component.get("params") or {}, dict):
+        problems.append(f"{where}: {name!r} should hold `name:` and `params:`")
+        return {}, []
+    params = dict(component.get("params") or {})
+    if "seed" in params:
+        params["proj_seed"] = params.pop("seed")
+    unused = _drop_peer_keys(params, SELECTOR_KEYS, PEER_PARAMS, f"{where}, {name!r}: parameter", problems)
+    return {**params, "selector": component.get("name", name)}, unused
+
+
+def _describe(item: Any) -> str:
+    """One pydantic error as one line."""
+    key = ".".join(str(part) for part in item["loc"])
+    message = item["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    given = repr(item["input"])
+    return f"key {key!r}: {message[0].lower()}{message[1:]}, not {given if len(given) < 80 else given[:77] + '...'}"

@@ -1,0 +1,102 @@
+"""Writing whole files or none: a temporary name beside the target, flushed, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from dataflex.errors import UsageError
+
+
+@contextlib.contextmanager
+def atomic(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file that becomes `path` when the block ends without an exception."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(fd, mode, encoding=None if "b" in mode else "utf-8") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; these are ordinary ones
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def write_text(path: Path | str, text: str) -> None:
+    with atomic(path) as handle:
+        handle.write(text)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path | str, records: Iterable[Any]) -> None:
+    with atomic(path) as handle:
+        for record in records:
+            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path | str, what: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file; a UsageError names `what` it should be, the file and the line."""
+    try:
+        handle = open(path, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{what} {path}: {error.strerror or error}") from None
+    with handle:
+        try:
+            for number, line in enumerate(handle, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise UsageError(f"{what} {path}, line {number}: not JSON ({error})") from None
+                if not isinstance(record, dict):
+                    raise UsageError(f"{what} {path}, line {number}: expected an object, found {type(record).__name__}")
+                yield record
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{what} {path}: not UTF-8 text ({error.reason})") from None
+
+
+def check_output_file(path: str | Path, overwrite: bool) -> Path:
+    """`path` as one that may be written: not a folder, and not there yet unless `overwrite`."""
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"output {path} is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise UsageError(f"output {path} exists; give --overwrite to replace it, or another name")
+    blocked = next((parent for parent in path.parents if parent.exists()), None)
+    if blocked is not None and not blocked.is_dir():
+        raise UsageError(f"output {path}: {blocked} is a file, not a folder")
+    return path
+
+
+def check_output_dir(path: str | Path, key: str, overwrite: bool) -> Path:
+    """`path` as a folder that may be written: new, empty, or `overwrite`."""
+    path = Path(path)
+    for place in (path, *path.parents):
+        if place.exists() and not place.is_dir():
+            raise UsageError(f"{key} {path}: {place} is a file, not a folder; choose another {key}")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UsageError(f"{key} {path} is not empty; give --overwrite to start afresh, or another {key}")
+    return path
+
+
+def sha256_of(path: Path | str) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

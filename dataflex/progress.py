@@ -1,0 +1,43 @@
+"""How the library tells how far it is. What shows it (a terminal, a notebook, nothing) is the caller's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+
+class Task(Protocol):
+    """One piece of work with a known end."""
+
+    def advance(self, amount: int = 1, **shown: Any) -> None:
+        """`amount` more is done; `shown` (for instance loss=2.1) stands beside the bar."""
+
+
+class Progress(Protocol):
+    """Where work is announced."""
+
+    def task(self, description: str, total: int, unit: str) -> contextlib.AbstractContextManager[Task]:
+        """Announce `total` units of work; the task ends with the block."""
+
+    def say(self, message: str) -> None:
+        """One line worth keeping in the log."""
+
+
+class _SilentTask:
+    def advance(self, amount: int = 1, **shown: Any) -> None:
+        pass
+
+
+class Silent:
+    """Shows nothing: the default for calls from Python."""
+
+    @contextlib.contextmanager
+    def task(self, description: str, total: int, unit: str) -> Iterator[Task]:
+        yield _SilentTask()
+
+    def say(self, message: str) -> None:
+        pass
+
+
+SILENT = Silent()

@@ -61,12 +61,15 @@ def _unique_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
 
 
-def load_config(path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> RunConfig:
-    """Read `path` (none: defaults alone), apply `overrides`, and check everything at once.
+def load_config(
+    path: str | Path | None = None, overrides: Iterable[str] = (), options: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """Read `path` (none: defaults alone), apply `options`, then `overrides`, and check everything at once.
 
     Args:
         path: a YAML file with LLaMA-Factory's or DataFlex's keys.
-        overrides: `"key=value"` texts, the value read as YAML, or a mapping of values.
+        overrides: `"key=value"` texts, the value read as YAML.
+        options: values by key; they win over the YAML, `overrides` win over them.
 
     Raises:
         UsageError: naming each missing file, malformed line, unknown key and wrong value.
@@ -75,6 +78,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] | Mappi
     where = f"config {path}" if path is not None else "config"
     values = read_yaml_mapping(path, "config") if path is not None else {}
     folder = Path(path).parent if path is not None else None
+    values.update(options or {})
     values.update(_read_overrides(overrides, problems))
 
     for key, reason in REFUSED_KEYS.items():
@@ -125,9 +129,7 @@ def read_yaml_mapping(path: str | Path, what: str) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _read_overrides(overrides: Iterable[str] | Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    if isinstance(overrides, Mapping):
-        return dict(overrides)
+def _read_overrides(overrides: Iterable[str], problems: list[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for text in overrides:
         key, equals, value = text.partition("=")

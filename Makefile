@@ -1,0 +1,40 @@
+# From a fresh clone: `make demo`. Every target does the set-up it needs; nothing is done twice.
+
+PYTHON ?= python3
+PY     := .venv/bin/python
+READY  := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint clean
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-7s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## build .venv, fetch the demo model and data
+	@$(PY) examples/fetch_assets.py --quiet
+
+demo: setup  ## select and train on real data, on CPU or GPU
+	.venv/bin/dataflex dynamic examples/demo.yaml --overwrite
+
+test: setup  ## run the tests
+	$(PY) -m pytest
+
+lint: $(READY)  ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:  ## remove .venv and what builds, tests and runs wrote; keep data/ and models/
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis saves models/.converting-*
+	find dataflex commands examples tests -name __pycache__ -prune -exec rm -rf {} +
+	@echo "kept data/ and models/, which take a download to make again; delete them by hand if you mean to"
+
+# Older than either file means: something to install anew. The stamp comes last, so a set-up that was
+# cut off is taken up again.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "dataflex needs Python 3.11 or newer, $(PYTHON) is: $$($(PYTHON) --version 2>&1 | tail -n 1)." \
+	        "Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+	@echo "installing dataflex and its requirements into .venv (once; torch alone takes a while)"
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,deepspeed]' -c constraints.txt
+	@touch $@

@@ -1,0 +1,129 @@
+"""What a person or a program sees: the result on stdout, everything else on stderr, bars only on a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Task as RichTask
+from rich.table import Table
+from rich.text import Text
+
+
+class _Rate(ProgressColumn):
+    """Units a second over the whole task."""
+
+    def render(self, task: RichTask) -> Text:
+        if not task.completed or not task.elapsed:
+            return Text("")
+        return Text(f"{task.completed / task.elapsed:.2f} {task.fields['unit']}/s", style="cyan")
+
+
+class _Shown(ProgressColumn):
+    """What the task last had to show, for instance its loss."""
+
+    def render(self, task: RichTask) -> Text:
+        return Text("  ".join(f"{name} {value:.4g}" for name, value in task.fields["shown"].items()), style="magenta")
+
+
+class _Bar:
+    """One running task on a terminal."""
+
+    def __init__(self, progress: Progress, description: str, total: int, unit: str) -> None:
+        self.progress = progress
+        self.shown: dict[str, float] = {}
+        self.id = progress.add_task(description, total=total, unit=unit, shown=self.shown)
+
+    def advance(self, amount: int = 1, **shown: float) -> None:
+        self.shown.update(shown)
+        self.progress.update(self.id, advance=amount, shown=self.shown)
+
+
+class _Count:
+    """One running task where there is no terminal: only its end is told."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.shown: dict[str, float] = {}
+
+    def advance(self, amount: int = 1, **shown: float) -> None:
+        self.done += amount
+        self.shown.update(shown)
+
+
+class Console:
+    """The one place that prints. It is also the library's `Progress`."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.err = RichConsole(stderr=True, quiet=quiet, highlight=False)
+        self._progress: Progress | None = None
+
+    @contextlib.contextmanager
+    def task(self, description: str, total: int, unit: str) -> Iterator[_Bar | _Count]:
+        if not self.err.is_terminal or self.quiet:
+            count, started = _Count(), time.monotonic()
+            yield count
+            seconds = time.monotonic() - started
+            if seconds >= 1:
+                shown = "".join(f", {name} {value:.4g}" for name, value in count.shown.items())
+                self.say(f"{description}: {count.done} {unit} in {seconds:.0f} s{shown}")
+            return
+        outermost = self._progress is None
+        if outermost:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description:<16}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:>4.0f}/{task.total:.0f} {task.fields[unit]}"),
+                _Rate(),
+                _Shown(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                console=self.err,
+                transient=True,
+            )
+            self._progress.start()
+        bar = _Bar(self._progress, description, total, unit)
+        try:
+            yield bar
+        finally:
+            self._progress.remove_task(bar.id)
+            if outermost:
+                self._progress.stop()
+                self._progress = None
+
+    def say(self, message: str) -> None:
+        """A line of the log."""
+        self.err.print(message, style="dim", markup=False)
+
+    def warning(self, message: str) -> None:
+        self.err.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+
+    def error(self, message: str) -> None:
+        """The one message of a failed command; also under --quiet."""
+        RichConsole(stderr=True, highlight=False).print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """A small table; numbers stand right."""
+        table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+        for index, name in enumerate(columns):
+            numeric = all(isinstance(row[index], (int, float)) for row in rows)
+            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row])
+        self.err.print(table)
+
+    def result(self, paths: Sequence[Any], facts: dict[str, Any]) -> None:
+        """The result: one path a line, or `facts` as one JSON object."""
+        if self.as_json:
+            print(json.dumps(facts, ensure_ascii=False))
+        else:
+            for path in paths:
+                print(path)

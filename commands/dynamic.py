@@ -1,0 +1,90 @@
+"""`dataflex dynamic`"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dataflex.commands import session as s
+from dataflex.commands.console import Console
+from dataflex.commands.planned import show_plan
+
+EXAMPLE = "Example: dataflex dynamic examples/demo.yaml --dry-run"
+
+
+def dynamic(
+    arguments: s.Arguments = None,
+    model: s.Model = None,
+    dataset: s.Dataset = None,
+    eval_dataset: s.EvalDataset = None,
+    dataset_dir: s.DatasetDir = None,
+    template: s.Template = None,
+    cutoff_len: s.CutoffLen = None,
+    gradient_type: s.GradientType = None,
+    adam_formula: s.AdamFormula = None,
+    proj_dim: s.ProjDim = None,
+    projector: s.Projector = None,
+    token_budget: s.TokenBudget = None,
+    output_dir: s.OutputDir = None,
+    dry_run: s.DryRun = False,
+    as_json: s.Json = False,
+    quiet: s.Quiet = False,
+    overwrite: s.Overwrite = False,
+) -> None:
+    """Fine-tune on rows selected during training: random rows first, then select, train, select again."""
+    options = {
+        "model_name_or_path": model,
+        "dataset": dataset,
+        "eval_dataset": eval_dataset,
+        "dataset_dir": dataset_dir,
+        "template": template,
+        "cutoff_len": cutoff_len,
+        "gradient_type": gradient_type,
+        "adam_formula": adam_formula,
+        "proj_dim": proj_dim,
+        "projector": projector,
+        "token_budget": token_budget,
+        "output_dir": output_dir,
+        "overwrite": overwrite,
+    }
+    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+        if dry_run:
+            return show_plan(session, "dynamic")
+        import dataflex
+
+        folder = dataflex.dynamic(session.config, session.console)
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        _show(session.console, folder, run)
+        session.console.result([folder], {"command": "dynamic", "output_dir": str(folder), **run})
+
+
+def _show(console: Console, folder: Path, run: dict[str, Any]) -> None:
+    """The closing tables: what was picked, what it did, where it is."""
+    pool, total = run["pool"], run["rows"]
+    columns = ["dataset", "in the pool", *[f"picked at step {one['step']}" for one in run["selections"]]]
+    rows = [
+        [
+            name,
+            _share(pool[name], total),
+            *[_share(one["picked"][name], one["rows"]) for one in run["selections"]],
+        ]
+        for name in pool
+    ]
+    console.table("What was picked", columns, rows)
+    before, after = run["eval_loss"]["before"], run["eval_loss"]["after"]
+    console.table(
+        "The run",
+        ["", "value"],
+        [
+            ["optimizer steps", f"{run['steps']} × {run['rows_per_step']} rows"],
+            ["selections", f"{len(run['selections'])} (selections/step-*.jsonl)"],
+            [f"loss on {run['eval_rows']} eval rows", f"{before:.4f} before, {after:.4f} after"],
+            ["seconds", ", ".join(f"{name} {value:.0f}" for name, value in run["seconds"].items())],
+            ["adapter, logs, checkpoints", str(folder)],
+        ],
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} ({100 * part / whole:.0f}%)"

@@ -1,0 +1,74 @@
+"""`dataflex grads`"""
+
+from __future__ import annotations
+
+from dataflex.commands import session as s
+from dataflex.commands.planned import show_plan
+
+EXAMPLE = (
+    "Example: dataflex grads examples/pipeline.yaml --checkpoint saves/warmup/checkpoint-8 -o saves/train.h5"
+)
+
+Split = s.option(str, "split", "--split")
+
+
+def grads(
+    arguments: s.Arguments = None,
+    model: s.Model = None,
+    dataset: s.Dataset = None,
+    dataset_dir: s.DatasetDir = None,
+    template: s.Template = None,
+    cutoff_len: s.CutoffLen = None,
+    checkpoint: s.Checkpoints = None,
+    split: Split = None,
+    gradient_type: s.GradientType = None,
+    adam_formula: s.AdamFormula = None,
+    proj_dim: s.ProjDim = None,
+    projector: s.Projector = None,
+    store_dtype: s.option(str, "store_dtype", "--store-dtype") = None,
+    token_budget: s.TokenBudget = None,
+    output: s.Output = None,
+    dry_run: s.DryRun = False,
+    as_json: s.Json = False,
+    quiet: s.Quiet = False,
+    overwrite: s.Overwrite = False,
+) -> None:
+    """Collect every row's projected gradient at a checkpoint into an HDF5 store.
+
+    Training rows give the step Adam would take on them; with --split eval, validation rows give their gradient.
+    Run again after an interruption, it computes only the rows that are missing.
+    """
+    options = {
+        "model_name_or_path": model,
+        "dataset": dataset,
+        "dataset_dir": dataset_dir,
+        "template": template,
+        "cutoff_len": cutoff_len,
+        "checkpoint": checkpoint,
+        "split": split,
+        "gradient_type": gradient_type,
+        "adam_formula": adam_formula,
+        "proj_dim": proj_dim,
+        "projector": projector,
+        "store_dtype": store_dtype,
+        "token_budget": token_budget,
+        "output": output,
+        "overwrite": overwrite,
+    }
+    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+        if dry_run:
+            return show_plan(session, "grads")
+        import dataflex
+
+        path = dataflex.grads(session.config, session.console)
+        with dataflex.open_store(path) as store:
+            facts = {
+                "rows": len(store),
+                "dimensions": store.dim,
+                "mean loss": float(store.loss.mean()),
+                "checkpoint step": store.manifest["step"],
+                "direction": store.manifest["gradient_type"],
+                "size": f"{path.stat().st_size / 1e6:.1f} MB",
+            }
+        session.console.table(str(path), ["", "value"], [[key, str(value)] for key, value in facts.items()])
+        session.console.result([path], {"command": "grads", "output": str(path), **facts})

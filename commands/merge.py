@@ -1,0 +1,34 @@
+"""`dataflex merge`"""
+
+from __future__ import annotations
+
+from dataflex.commands import session as s
+from dataflex.commands.planned import show_plan
+
+EXAMPLE = "Example: dataflex merge examples/merge.yaml"
+
+
+def merge(
+    arguments: s.Arguments = None,
+    model: s.Model = None,
+    adapter: s.option(str, "adapter_name_or_path", "--adapter") = None,
+    export_dir: s.option(str, "export_dir", "--export-dir") = None,
+    dry_run: s.DryRun = False,
+    as_json: s.Json = False,
+    quiet: s.Quiet = False,
+    overwrite: s.Overwrite = False,
+) -> None:
+    """Fold LoRA adapters into their base model and save a whole model that transformers loads."""
+    options = {
+        "model_name_or_path": model,
+        "adapter_name_or_path": adapter,
+        "export_dir": export_dir,
+        "overwrite": overwrite,
+    }
+    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+        if dry_run:
+            return show_plan(session, "merge")
+        import dataflex
+
+        folder = dataflex.merge(session.config, session.console)
+        session.console.result([folder], {"command": "merge", "export_dir": str(folder)})

@@ -1,0 +1,55 @@
+"""`dataflex score`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dataflex.commands import session as s
+from dataflex.commands.planned import show_plan
+from dataflex.config import help_of
+
+EXAMPLE = "Example: dataflex score --train saves/train.h5 --eval saves/eval.h5 -o saves/scores.jsonl"
+
+
+def score(
+    arguments: s.Arguments = None,
+    train: s.option(list[str], "train_stores", "--train") = None,
+    validation: s.option(list[str], "eval_stores", "--eval") = None,
+    weights: s.option(str, "weights", "--weights") = None,
+    reduce: s.Reduce = None,
+    exact: Annotated[bool, typer.Option("--exact", help=help_of("exact"))] = False,
+    checkpoint: s.Checkpoints = None,
+    output: s.Output = None,
+    dry_run: s.DryRun = False,
+    as_json: s.Json = False,
+    quiet: s.Quiet = False,
+    overwrite: s.Overwrite = False,
+) -> None:
+    """Score training rows by their cosine with the validation rows, summed over checkpoints.
+
+    Give --train and --eval once per checkpoint, in the same order; or --exact with a CONFIG and --checkpoint.
+    """
+    options = {
+        "train_stores": train,
+        "eval_stores": validation,
+        "weights": weights,
+        "reduce": reduce,
+        "exact": exact,
+        "checkpoint": checkpoint,
+        "output": output,
+        "overwrite": overwrite,
+    }
+    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+        if dry_run:
+            return show_plan(session, "score")
+        import dataflex
+        from dataflex.influence.scores import ranking, read_scores
+
+        path = dataflex.score(session.config, session.console)
+        scores = read_scores(path)
+        best = ranking(scores.row, scores.score)[:5]
+        rows = [[int(scores.row[i]), scores.dataset[i] if scores.dataset else "", float(scores.score[i])] for i in best]
+        session.console.table(f"best of {len(scores.row)} rows", ["row", "dataset", "score"], rows)
+        session.console.result([path], {"command": "score", "output": str(path), "rows": len(scores.row)})

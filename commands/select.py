@@ -1,0 +1,49 @@
+"""`dataflex select`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dataflex.commands import session as s
+from dataflex.commands.planned import show_plan
+from dataflex.config import help_of
+
+EXAMPLE = "Example: dataflex select --scores saves/scores.jsonl --data alpaca_en_demo --top 0.05 -o saves/subset.jsonl"
+
+
+def select(
+    arguments: s.Arguments = None,
+    scores: s.option(str, "scores", "--scores") = None,
+    data: s.option(str, "data", "--data") = None,
+    dataset_dir: s.DatasetDir = None,
+    top: s.option(float, "top", "--top") = None,
+    count: s.option(int, "count", "--count") = None,
+    threshold: s.option(float, "threshold", "--threshold") = None,
+    plain: Annotated[bool, typer.Option("--plain", help=help_of("plain"))] = False,
+    output: s.Output = None,
+    dry_run: s.DryRun = False,
+    as_json: s.Json = False,
+    quiet: s.Quiet = False,
+    overwrite: s.Overwrite = False,
+) -> None:
+    """Write the best-scored rows of a dataset as a JSONL file that any trainer reads, best first."""
+    options = {
+        "scores": scores,
+        "data": data,
+        "dataset_dir": dataset_dir,
+        "top": top,
+        "count": count,
+        "threshold": threshold,
+        "plain": plain,
+        "output": output,
+        "overwrite": overwrite,
+    }
+    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+        if dry_run:
+            return show_plan(session, "select")
+        import dataflex
+
+        path = dataflex.select(session.config, session.console)
+        session.console.result([path], {"command": "select", "output": str(path)})

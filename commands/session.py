@@ -1,0 +1,132 @@
+"""What every command shares: its arguments and options, its errors and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dataflex.commands.console import Console
+from dataflex.config import help_of
+from dataflex.errors import DataflexError
+
+if TYPE_CHECKING:
+    from dataflex.config import RunConfig
+
+Arguments = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="CONFIG.yaml key=value", help="A YAML file, then keys that win over it.", show_default=False),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and show what would be done; touch nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and errors only.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help=help_of("overwrite"))]
+
+
+def option(kind: Any, key: str, *flags: str) -> Any:
+    """An option that sets `key`, with the key's own help."""
+    return Annotated[kind | None, typer.Option(*flags, help=help_of(key), show_default=False)]
+
+
+Model = option(str, "model_name_or_path", "--model")
+Dataset = option(str, "dataset", "--dataset")
+EvalDataset = option(str, "eval_dataset", "--eval-dataset")
+DatasetDir = option(str, "dataset_dir", "--dataset-dir")
+Template = option(str, "template", "--template")
+CutoffLen = option(int, "cutoff_len", "--cutoff-len")
+OutputDir = option(str, "output_dir", "--output-dir")
+Output = option(str, "output", "--output", "-o")
+Checkpoints = option(list[str], "checkpoint", "--checkpoint")
+GradientType = option(str, "gradient_type", "--gradient-type")
+AdamFormula = option(str, "adam_formula", "--adam-formula")
+ProjDim = option(int, "proj_dim", "--proj-dim")
+Projector = option(str, "projector", "--projector")
+TokenBudget = option(int, "token_budget", "--token-budget")
+Reduce = option(str, "reduce", "--reduce")
+
+
+@dataclass(frozen=True)
+class Session:
+    """A command under way."""
+
+    config: RunConfig
+    console: Console
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the program stands so that files are closed on the way out."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise Terminated
+
+
+@contextlib.contextmanager
+def session(arguments: list[str] | None, options: dict[str, Any], *, as_json: bool, quiet: bool) -> Iterator[Session]:
+    """Load the configuration, run the block, and turn whatever goes wrong into one message and an exit code."""
+    from dataflex.config_file import load_config
+
+    console = Console(as_json=as_json, quiet=quiet)
+    debug = os.environ.get("DATAFLEX_DEBUG") == "1"
+    signal.signal(signal.SIGTERM, _terminate)
+    _quieten_libraries(console, debug)
+    try:
+        path, overrides = _split_arguments(arguments or [])
+        given = {key: value for key, value in options.items() if value not in (None, False, [])}
+        yield Session(load_config(path, overrides, given), console)
+    except DataflexError as error:
+        if debug:
+            raise
+        console.error(str(error))
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        console.error("interrupted; what was committed stays")
+        raise typer.Exit(130) from None
+    except Terminated:
+        console.error("terminated; what was committed stays")
+        raise typer.Exit(143) from None
+    except typer.Exit:
+        raise
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise typer.Exit(1) from None
+    except Exception as error:
+        if debug:
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        console.error(f"{type(error).__name__}: {reason} (DATAFLEX_DEBUG=1 shows where)")
+        raise typer.Exit(1) from None
+
+
+def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The configuration file, which has no `=` or exists as it stands, and the key=value texts."""
+    from dataflex.errors import UsageError
+
+    files = [text for text in arguments if "=" not in text or Path(text).is_file()]
+    if len(files) > 1:
+        raise UsageError(f"more than one configuration file: {', '.join(files)}; the others need the form key=value")
+    return (Path(files[0]) if files else None), [text for text in arguments if text not in files]
+
+
+def _quieten_libraries(console: Console, debug: bool) -> None:
+    """Our own warnings go through the console; the libraries' chatter stays away unless debugging."""
+    if debug:
+        return
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+    def show(message: Any, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
+        if category is UserWarning and "dataflex" in Path(filename).parts:
+            console.warning(str(message))
+
+    warnings.showwarning = show

@@ -1,0 +1,40 @@
+"""`dataflex train`"""
+
+from __future__ import annotations
+
+from dataflex.commands import session as s
+from dataflex.commands.planned import show_plan
+
+EXAMPLE = "Example: dataflex train examples/pipeline.yaml --dataset saves/subset.jsonl output_dir=saves/selected"
+
+
+def train(
+    arguments: s.Arguments = None,
+    model: s.Model = None,
+    dataset: s.Dataset = None,
+    dataset_dir: s.DatasetDir = None,
+    template: s.Template = None,
+    cutoff_len: s.CutoffLen = None,
+    output_dir: s.OutputDir = None,
+    dry_run: s.DryRun = False,
+    as_json: s.Json = False,
+    quiet: s.Quiet = False,
+    overwrite: s.Overwrite = False,
+) -> None:
+    """Train a LoRA adapter on all of a dataset, for instance on a subset that select wrote."""
+    options = {
+        "model_name_or_path": model,
+        "dataset": dataset,
+        "dataset_dir": dataset_dir,
+        "template": template,
+        "cutoff_len": cutoff_len,
+        "output_dir": output_dir,
+        "overwrite": overwrite,
+    }
+    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+        if dry_run:
+            return show_plan(session, "train")
+        import dataflex
+
+        folder = dataflex.train(session.config, session.console)
+        session.console.result([folder], {"command": "train", "output_dir": str(folder)})

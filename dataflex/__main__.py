@@ -1,0 +1,5 @@
+"""`python -m dataflex`."""
+
+from dataflex.commands.app import main
+
+main()

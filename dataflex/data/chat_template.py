@@ -1,0 +1,128 @@
+"""Turns by the tokenizer's own chat template (Jinja), for runs that set no `template`.
+
+A chat template renders whole conversations and says nothing of who wrote which character, so the
+conversation is rendered up to each turn and the differences tell. Prompts and responses are encoded
+apart, as they are when the model answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dataflex.data.conversations import ASSISTANT, FUNCTION, OBSERVATION, USER, Conversation, Message, Unusable
+from dataflex.data.templates import Turn
+from dataflex.data.tools import function_text, parse_calls, parse_tools, split_remarks, tool_prompt
+from dataflex.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A UsageError if the tokenizer has no chat template."""
+    if not tokenizer.chat_template:
+        raise UsageError(
+            "this model's tokenizer has no chat template of its own; set `template` to the one the model is made for, "
+            "for instance llama3, qwen or chatml"
+        )
+
+
+def encode_chat_turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[Turn]:
+    """Token ids of each (prompt, response); a response ends with the template's end token.
+
+    Raises:
+        Unusable: tools that cannot be worded, or a conversation that the chat template refuses or rewrites.
+    """
+    # A template that knows no tool calls would leave them out unseen: word them as text instead.
+    native = "tool_calls" in str(tokenizer.chat_template)
+    tools = parse_tools(conversation.tools) if conversation.tools and native else None
+
+    def render(messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tools=tools or None, add_generation_prompt=add_generation_prompt, tokenize=False
+            )
+        except Exception as error:  # a template is a program of its own and may raise anything
+            raise Unusable(f"refused by the chat template ({error})") from None
+
+    messages = [_as_chat(message, native) for message in conversation.messages]
+    system = conversation.system
+    if conversation.tools and not native:
+        system = (system or _default_system(render)) + tool_prompt("default", conversation.tools)
+    opening = [{"role": "system", "content": system}] if system else []
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False) if text else []
+
+    return [(encode(prompt), encode(response)) for prompt, response in split_turns(render, opening, messages)]
+
+
+def split_turns(render: Render, opening: list[dict[str, Any]], messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """The texts of each prompt and response; together they are the whole conversation's text."""
+    whole = render(opening + messages)
+    turns, done = [], 0
+    for place in range(1, len(messages), 2):
+        start = _response_start(render, whole, opening + messages[:place])
+        end = _response_end(render, whole, opening + messages[: place + 1], start)
+        if not done <= start <= end:
+            raise Unusable("rewritten by the chat template")
+        turns.append((whole[done:start], whole[start:end]))
+        done = end
+    return turns
+
+
+def _response_start(render: Render, whole: str, until: list[dict[str, Any]]) -> int:
+    before = render(until)
+    if not whole.startswith(before):
+        raise Unusable("rewritten by the chat template")
+    # Some templates open a thought in the generation prompt that the finished text does not have.
+    prompt = render(until, add_generation_prompt=True)
+    return max(len(before), _shared(whole, prompt))
+
+
+def _response_end(render: Render, whole: str, until: list[dict[str, Any]], start: int) -> int:
+    rendered = render(until)
+    if whole.startswith(rendered):
+        return len(rendered)
+    # Some templates word the last turn otherwise than earlier ones (an empty thought before it):
+    # the end is where the same closing follows the same content.
+    content = until[-1]["content"].strip()
+    closing = rendered[rendered.rfind(content) + len(content) :]
+    at = whole.find(content + closing, start) if content and closing else -1
+    if at < 0:
+        raise Unusable("rewritten by the chat template")
+    return at + len(content) + len(closing)
+
+
+def _as_chat(message: Message, native: bool) -> dict[str, Any]:
+    if message.role == FUNCTION:
+        if not native:
+            return {"role": ASSISTANT, "content": function_text("default", message.content, with_remarks=True)}
+        remarks, text = split_remarks(message.content)
+        calls = [
+            {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in parse_calls(text)
+        ]
+        return {"role": ASSISTANT, "content": remarks, "tool_calls": calls}
+    if message.role == OBSERVATION:
+        return {"role": "tool" if native else USER, "content": message.content}
+    return {"role": message.role, "content": message.content}
+
+
+def _default_system(render: Render) -> str:
+    """The system text a template puts where none is given: what an empty one takes away."""
+    user = {"role": "user", "content": "x"}
+    given, empty = render([user]), render([{"role": "system", "content": ""}, user])
+    if len(given) <= len(empty):
+        return ""
+    head = _shared(given, empty)
+    return given[head : len(given) - (len(empty) - head)]
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters two texts have in common at their start."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,0 +1,119 @@
+"""Selected rows as records that read back, as a file given directly, to the same conversations."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from dataflex.data.catalog import recognise
+from dataflex.data.conversations import (
+    ASSISTANT,
+    FUNCTION,
+    OBSERVATION,
+    Conversation,
+    Message,
+    Unusable,
+    to_conversation,
+)
+from dataflex.data.records import Source, read_records
+from dataflex.errors import UsageError
+
+
+def subset_records(sources: Sequence[Source], rows: Sequence[int]) -> list[dict[str, Any]]:
+    """The records of `rows`, in that order; row numbers count through the sources.
+
+    They are the source's own records where a file of them is recognised and says the same; sources of
+    several formats, or with columns of their own, give `messages` (and `tools`) records instead.
+
+    Raises:
+        UsageError: a row beyond the data, or one that has no conversation to be written as messages.
+    """
+    pool = [(source, record) for source in sources for record in read_records(source)]
+    beyond = [row for row in rows if not 0 <= row < len(pool)]
+    if beyond:
+        names = ", ".join(source.name for source in sources)
+        raise UsageError(
+            f"row {beyond[0]} is not in {names}, which has rows 0 to {len(pool) - 1}; name the scored data"
+        )
+    chosen = [pool[row] for row in rows]
+    if _reads_back(chosen):
+        return [dict(record) for _, record in chosen]
+    return [_as_record(source, record, row) for (source, record), row in zip(chosen, rows, strict=True)]
+
+
+def as_messages(conversation: Conversation) -> dict[str, Any]:
+    """The conversation as an OpenAI-style record: `messages`, and `tools` if there are any."""
+    messages: list[dict[str, Any]] = []
+    if conversation.system:
+        messages.append({"role": "system", "content": conversation.system})
+    messages += [_as_message(message) for message in conversation.messages]
+    record: dict[str, Any] = {"messages": messages}
+    if conversation.tools:
+        record["tools"] = _opened_tools(conversation.tools)
+    return record
+
+
+def _as_message(message: Message) -> dict[str, Any]:
+    if message.role == FUNCTION:
+        calls = _plain_calls(message.content)
+        if calls is None:
+            return {"role": "function_call", "content": message.content}
+        return {"role": ASSISTANT, "content": "", "tool_calls": calls}
+    return {"role": "tool" if message.role == OBSERVATION else message.role, "content": message.content}
+
+
+def _plain_calls(content: str) -> list[dict[str, Any]] | None:
+    """The calls as OpenAI's `tool_calls`, None where that would change what the turn says."""
+    try:
+        calls = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(
+        isinstance(call, dict) and isinstance(call.get("name"), str) and isinstance(call.get("arguments"), dict)
+        for call in calls
+    ):
+        return None
+    return [{"type": "function", "function": {"name": call["name"], "arguments": call["arguments"]}} for call in calls]
+
+
+def _opened_tools(tools: str) -> Any:
+    try:
+        opened = json.loads(tools)
+    except (ValueError, RecursionError):
+        return tools
+    return opened if isinstance(opened, list) else tools
+
+
+def _reads_back(chosen: Sequence[tuple[Source, dict[str, Any]]]) -> bool:
+    """Whether a file of these records, as they are, is recognised and holds the same conversations."""
+    if not chosen:
+        return True
+    try:
+        direct = [recognise(source.name, source.path, record) for source, record in chosen]
+    except UsageError:
+        return False
+    if len({layout.formatting for layout in direct}) > 1:
+        return False
+    return all(
+        _outcome(layout, record) == _outcome(source, record)
+        for layout, (source, record) in zip(direct, chosen, strict=True)
+    )
+
+
+def _outcome(source: Source, record: dict[str, Any]) -> Conversation | str:
+    try:
+        return to_conversation(source, record)
+    except Unusable as reason:
+        return str(reason)
+
+
+def _as_record(source: Source, record: dict[str, Any], row: int) -> dict[str, Any]:
+    try:
+        converted = as_messages(to_conversation(source, record))
+    except Unusable as reason:
+        raise UsageError(f"row {row} of {source.name} cannot be written as messages: {reason}; leave it out") from None
+    if isinstance(record.get("subtask"), str):
+        converted["subtask"] = record["subtask"]
+    return converted

@@ -1,0 +1,182 @@
+"""How a template words the tools on offer and the calls of them. The wordings are the models' formats."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from dataflex.data.conversations import Unusable
+
+_DEFAULT_PROMPT = (
+    "You have access to the following tools:\n{tools}"
+    "Use the following format if using a tool:\n"
+    "```\n"
+    "Action: tool name (one of [{names}])\n"
+    "Action Input: the input to the tool, in a JSON format representing the kwargs "
+    '(e.g. ```{{"input": "hello world", "num_beams": 5}}```)\n'
+    "```\n"
+)
+_LLAMA3_PROMPT = (
+    "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
+    "You have access to the following functions. To call a function, please respond with JSON for a function call. "
+    'Respond in the format {{"name": function name, "parameters": dictionary of argument name and its value}}. '
+    "Do not use variables.\n\n{tools}"
+)
+_QWEN_PROMPT = (
+    "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>{tools}"
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{{"name": <function-name>, '
+    '"arguments": <args-json-object>}}\n</tool_call>'
+)
+
+# A function turn may say something before its call: a thought, or anything around a tagged call.
+_THOUGHT = re.compile(r"<think>\n(.*?)\n</think>\n\n", re.DOTALL)
+_TAGGED_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One function called, with its arguments (JSON values, as a rule an object)."""
+
+    name: str
+    arguments: Any
+
+
+def today() -> datetime.date:
+    """The date in llama3's tool prompt."""
+    return datetime.date.today()
+
+
+def tool_prompt(tool_format: str, tools: str) -> str:
+    """What the system turn says of `tools`, a JSON list; empty for an empty list.
+
+    Raises:
+        Unusable: `tools` is not JSON, or not functions with the parts this format names.
+    """
+    functions = parse_tools(tools)
+    try:
+        return TOOL_FORMATS[tool_format].prompt(functions) if functions else ""
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Unusable(f"malformed tools ({type(error).__name__} {error})") from None
+
+
+def function_text(tool_format: str, content: str, with_remarks: bool) -> str:
+    """A function turn as its model writes it. `with_remarks`: keep a thought or text around a tagged call.
+
+    Raises:
+        Unusable: `content` is not JSON with `name` and `arguments`.
+    """
+    before, calls = split_remarks(content) if with_remarks else ("", content)
+    return before + TOOL_FORMATS[tool_format].calls(parse_calls(calls))
+
+
+def parse_tools(tools: str) -> list[dict[str, Any]]:
+    """The functions on offer, from JSON text."""
+    functions = _json(tools, "tools")
+    if not isinstance(functions, list) or not all(isinstance(function, dict) for function in functions):
+        raise Unusable("malformed tools (not a list of functions)")
+    return functions
+
+
+def split_remarks(content: str) -> tuple[str, str]:
+    """A function turn as (what it says beside the call, the call's JSON)."""
+    if tagged := _TAGGED_CALL.search(content):
+        return content.replace(tagged.group(0), ""), tagged.group(1)
+    if thought := _THOUGHT.search(content):
+        return thought.group(0), content.replace(thought.group(0), "")
+    return "", content
+
+
+def parse_calls(text: str) -> list[Call]:
+    """The calls in JSON text: an object or a list of them."""
+    calls = _json(text, "function call")
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call for call in calls):
+        raise Unusable("malformed function call (no name or no arguments)")
+    return [Call(call["name"], call["arguments"]) for call in calls]
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise Unusable(f"malformed {what} (not JSON)") from None
+
+
+def _dumps(value: Any, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, **options)
+
+
+def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
+    return tool if tool.get("type") == "function" else {"type": "function", "function": tool}
+
+
+def _default_prompt(tools: list[dict[str, Any]]) -> str:
+    functions = [tool["function"] if tool.get("type") == "function" else tool for tool in tools]
+    names = ", ".join(function["name"] for function in functions)
+    return _DEFAULT_PROMPT.format(tools="".join(map(_described, functions)), names=names)
+
+
+def _described(function: dict[str, Any]) -> str:
+    required = function["parameters"].get("required", [])
+    arguments = ""
+    for name, schema in function["parameters"]["properties"].items():
+        marks = ", required" if name in required else ""
+        choices = ", should be one of [{}]".format(", ".join(schema["enum"])) if schema.get("enum") else ""
+        items = f", where each item should be {schema['items'].get('type', '')}" if schema.get("items") else ""
+        kind, text = schema.get("type", ""), schema.get("description", "")
+        arguments += f"  - {name} ({kind}{marks}): {text}{choices}{items}\n"
+    description = function.get("description", "")
+    return f"> Tool Name: {function['name']}\nTool Description: {description}\nTool Args:\n{arguments}\n"
+
+
+def _default_calls(calls: list[Call]) -> str:
+    return "\n".join(f"Action: {call.name}\nAction Input: {_dumps(call.arguments)}" for call in calls)
+
+
+def _qwen_prompt(tools: list[dict[str, Any]]) -> str:
+    return _QWEN_PROMPT.format(tools="".join("\n" + _dumps(_wrapped(tool)) for tool in tools))
+
+
+def _qwen_calls(calls: list[Call]) -> str:
+    texts = [_dumps({"name": call.name, "arguments": call.arguments}) for call in calls]
+    return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
+
+
+def _llama3_prompt(tools: list[dict[str, Any]]) -> str:
+    texts = "".join(_dumps(_wrapped(tool), indent=4) + "\n\n" for tool in tools)
+    return _LLAMA3_PROMPT.format(date=today().strftime("%d %b %Y"), tools=texts)
+
+
+def _llama3_calls(calls: list[Call]) -> str:
+    objects = [{"name": call.name, "parameters": call.arguments} for call in calls]
+    return _dumps(objects[0] if len(objects) == 1 else objects)
+
+
+def _mistral_prompt(tools: list[dict[str, Any]]) -> str:
+    return f"[AVAILABLE_TOOLS] {_dumps([_wrapped(tool) for tool in tools])}[/AVAILABLE_TOOLS]"
+
+
+def _mistral_calls(calls: list[Call]) -> str:
+    return _dumps([{"name": call.name, "arguments": call.arguments} for call in calls])
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How a family of models is told of tools and calls them."""
+
+    prompt: Callable[[list[dict[str, Any]]], str]
+    calls: Callable[[list[Call]], str]
+
+
+TOOL_FORMATS = {
+    "default": ToolFormat(_default_prompt, _default_calls),
+    "llama3": ToolFormat(_llama3_prompt, _llama3_calls),
+    "mistral": ToolFormat(_mistral_prompt, _mistral_calls),
+    "qwen": ToolFormat(_qwen_prompt, _qwen_calls),
+}

@@ -1,0 +1,1 @@
+"""Per-row gradients: captured in batches, turned into directions, projected, stored."""

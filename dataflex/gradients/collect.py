@@ -1,0 +1,99 @@
+"""The gradients of a dataset at a checkpoint, written into a store: the `grads` command, and `dynamic`'s use of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dataflex.config import RunConfig, require
+from dataflex.data.examples import Split, load_split
+from dataflex.errors import UsageError
+from dataflex.files import check_output_file
+from dataflex.gradients.direction import make_direction
+from dataflex.gradients.manifest import check_same, describe
+from dataflex.gradients.passes import Pass, batches_of, make_pass, project_rows
+from dataflex.gradients.projection import make_projector
+from dataflex.gradients.store import GradientStore, StoreWriter, create_store
+from dataflex.model import check_vocabulary, compute_dtype, device, load_adapter, load_base_model, load_tokenizer
+from dataflex.progress import SILENT, Progress
+from dataflex.training.moments import AdamMoments, load_moments
+
+
+def grads(config: RunConfig, progress: Progress = SILENT) -> Path:
+    """Collect the gradients of `split` at `checkpoint` into the store `output`, and return its path.
+
+    A store that is there already is gone on with if it came from the same things; `overwrite` starts anew.
+    """
+    dataset_key = "eval_dataset" if config.split == "eval" else "dataset"
+    require(config, "grads", "model_name_or_path", dataset_key, "checkpoint", "output")
+    if len(config.checkpoint) != 1:
+        raise UsageError(f"grads takes one checkpoint, not {len(config.checkpoint)}; write a store for each")
+    if config.proj_dim is None and config.projector != "none":
+        raise UsageError("proj_dim null means exact scores without a store; use `score --exact`, or projector=none")
+    path = Path(config.output)
+    check_output_file(path, overwrite=True)
+
+    checkpoint = Path(config.checkpoint[0])
+    tokenizer = load_tokenizer(config)
+    split = load_split(config, tokenizer, config.split, progress)
+    run = checkpoint_pass(config, checkpoint, tokenizer.pad_token_id)
+    check_vocabulary(run.model, split.examples, config.template)
+    return collect(config, run, split, config.split, load_moments(checkpoint), path, progress)
+
+
+def checkpoint_pass(config: RunConfig, checkpoint: Path, pad_token_id: int) -> Pass:
+    """The base model with `checkpoint`'s adapter, ready for a pass."""
+    dtype = compute_dtype(config)
+    model = load_adapter(load_base_model(config, dtype), checkpoint, config).to(device())
+    return make_pass(model, dtype, pad_token_id, config.token_budget)
+
+
+def collect(
+    config: RunConfig,
+    run: Pass,
+    split: Split,
+    split_name: str,
+    moments: AdamMoments | None,
+    path: Path,
+    progress: Progress = SILENT,
+) -> Path:
+    """Write the projected directions of every row of `split` into the store `path`.
+
+    Rows that a former run of the same command committed are kept; batches are cut from all rows, so the
+    rest are computed in the same company and come out with the same bits.
+
+    Args:
+        moments: of the optimizer at these parameters; needed for `adam` only.
+    """
+    step = moments.step if moments else 0
+    learning_rate = moments.learning_rate if moments else config.learning_rate
+    manifest = describe(config, run, split, split_name, moments, step, learning_rate)
+    direction = make_direction(manifest["gradient_type"], config.adam_formula, moments, run.slots)
+    if config.overwrite or not path.exists():
+        create_store(
+            path,
+            manifest=manifest,
+            row=np.array([example.row for example in split.examples]),
+            tokens=np.array([sum(label != -100 for label in example.labels[1:]) for example in split.examples]),
+            subtask=subtask_names(split),
+        )
+    else:
+        with GradientStore(path) as store:
+            check_same(path, store.manifest, manifest)
+    with StoreWriter(path) as writer:
+        batches = [
+            batch for batch in batches_of(split.examples, run.token_budget, manifest["proj_dim"]) if not writer.done[batch].all()
+        ]
+        if batches:
+            projector = make_projector(config.projector, run.parameters, manifest["proj_dim"], config.proj_seed, run.device)
+            description = f"{split_name} gradients"
+            for rows in project_rows(run, split.examples, batches, direction, projector, progress, description):
+                writer.write(rows.indices, rows.vectors.cpu().numpy(), rows.loss.cpu().numpy())
+    return path
+
+
+def subtask_names(split: Split) -> list[str] | None:
+    """Each row's subtask, or None where no row has one."""
+    names = [example.subtask for example in split.examples]
+    return [name or "" for name in names] if any(names) else None

@@ -1,0 +1,145 @@
+"""A pass over rows: batches by token budget → per-row gradients → Γ → a linear map, batch by batch.
+
+Nothing here knows of files; the store and the exact scores both feed on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dataflex.data.batches import collate, token_batches
+from dataflex.data.examples import Example
+from dataflex.errors import DataflexError
+from dataflex.gradients.capture import row_gradients, row_losses, undisturbed
+from dataflex.gradients.direction import Direction
+from dataflex.gradients.projection import Projector
+from dataflex.lora import LoraPair, Slot, layout, lora_pairs
+from dataflex.progress import SILENT, Progress
+
+# Projected rows of one batch never take more than this many numbers (1 GiB of float32).
+MAX_BATCH_NUMBERS = 1 << 28
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How gradients are taken from a model: fixed for a whole pass."""
+
+    model: nn.Module
+    pairs: list[LoraPair]
+    slots: list[Slot]
+    dtype: torch.dtype
+    """Of the matrix products; below float32 they run under autocast, as in training."""
+    pad_token_id: int
+    token_budget: int
+
+    @property
+    def parameters(self) -> int:
+        """P, the length of the flat parameter vector."""
+        return self.slots[-1].offset + self.slots[-1].size
+
+    @property
+    def device(self) -> torch.device:
+        return self.slots[0].parameter.device
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Projected:
+    """One batch of a pass."""
+
+    indices: list[int]
+    """Which examples these are."""
+    vectors: torch.Tensor
+    """[rows, k] float32: the image of each row's direction."""
+    loss: torch.Tensor
+    """[rows] float32"""
+
+
+def make_pass(model: nn.Module, dtype: torch.dtype, pad_token_id: int, token_budget: int) -> Pass:
+    """The pass over `model`'s LoRA pairs."""
+    pairs = lora_pairs(model)
+    return Pass(model, pairs, layout(pairs), dtype, pad_token_id, token_budget)
+
+
+def batches_of(examples: Sequence[Example], token_budget: int, dim: int) -> list[list[int]]:
+    """Indices into `examples`, batch by batch: a function of the rows and the arguments alone."""
+    most_rows = max(1, MAX_BATCH_NUMBERS // dim)
+    batches = token_batches([len(example.input_ids) for example in examples], token_budget)
+    return [batch[start : start + most_rows] for batch in batches for start in range(0, len(batch), most_rows)]
+
+
+def project_rows(
+    run: Pass,
+    examples: Sequence[Example],
+    batches: Sequence[list[int]],
+    direction: Direction,
+    projector: Projector,
+    progress: Progress = SILENT,
+    description: str = "gradients",
+) -> Iterator[Projected]:
+    """Take every batch's per-row directions through `projector`.
+
+    The model is as it was between the batches as well as at the end.
+
+    Raises:
+        DataflexError: naming the row whose direction is not finite or all zero.
+    """
+    with progress.task(description, sum(len(batch) for batch in batches), "rows") as task:
+        for batch in batches:
+            projected = _project_batch(run, [examples[index] for index in batch], direction, projector)
+            _check_vectors(projected, [examples[index] for index in batch])
+            vectors, loss = projected
+            yield Projected(batch, vectors, loss)
+            task.advance(len(batch), loss=loss.mean().item())
+
+
+def _project_batch(
+    run: Pass, rows: list[Example], direction: Direction, projector: Projector
+) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = collate(rows, run.pad_token_id)
+    vectors = torch.zeros(len(rows), projector.dim, device=run.device)
+
+    def on_gradient(slot: Slot, gradient: torch.Tensor) -> None:
+        projector.add(vectors, slot.offset, direction(slot, gradient))
+
+    with undisturbed(run.model), run.autocast():
+        losses = row_gradients(
+            run.model,
+            run.pairs,
+            run.slots,
+            inputs["input_ids"].to(run.device),
+            inputs["labels"].to(run.device),
+            on_gradient,
+        )
+    return vectors, losses.loss
+
+
+def _check_vectors(projected: tuple[torch.Tensor, torch.Tensor], rows: list[Example]) -> None:
+    norms = projected[0].norm(dim=1)
+    for row, norm in zip(rows, norms.tolist(), strict=True):
+        if not 0 < norm < float("inf"):
+            what = "all zero" if norm == 0 else "not finite"
+            raise DataflexError(f"row {row.row} of {row.dataset}: its gradient is {what}; remove the row or lower the learning rate")
+
+
+def mean_loss(run: Pass, examples: Sequence[Example], progress: Progress = SILENT, description: str = "loss") -> float:
+    """Mean over `examples` of each row's mean cross-entropy; forward passes only, dropout off."""
+    batches = token_batches([len(example.input_ids) for example in examples], run.token_budget)
+    total = 0.0
+    with progress.task(description, len(examples), "rows") as task:
+        for batch in batches:
+            inputs = collate([examples[index] for index in batch], run.pad_token_id)
+            with undisturbed(run.model), run.autocast(), torch.no_grad():
+                losses = row_losses(run.model, inputs["input_ids"].to(run.device), inputs["labels"].to(run.device))
+            total += losses.loss.sum().item()
+            task.advance(len(batch))
+    return total / len(examples)

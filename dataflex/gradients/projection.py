@@ -1,0 +1,128 @@
+"""Linear maps from the flat parameter vector (P numbers) to k, applied tensor by tensor as gradients appear.
+
+Every random number is an integer hash of (seed, position): no generator, so the same map comes out on
+every device, at every batch size and thread count, and no matrix is ever stored.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+MASK = 0xFFFFFFFF
+
+
+class Projector(Protocol):
+    """A linear map P → k that is fed one slice of the parameters at a time."""
+
+    dim: int
+    """k, the width of a projected row."""
+
+    def add(self, out: torch.Tensor, offset: int, values: torch.Tensor) -> None:
+        """Add the image of `values` [rows, n], which stand at parameters offset … offset+n, to `out` [rows, k].
+
+        May overwrite `values`.
+        """
+
+
+def hash32(values: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3's 32-bit finalizer, on int64 tensors that hold values below 2³² (Appleby, public domain)."""
+    values = ((values ^ (values >> 16)) * 0x85EBCA6B) & MASK
+    values = ((values ^ (values >> 13)) * 0xC2B2AE35) & MASK
+    return values ^ (values >> 16)
+
+
+def counter_hash(seed: int, stream: int, counters: torch.Tensor) -> torch.Tensor:
+    """32 random bits for each counter (int64, below 2⁶³), independent by `seed` and `stream`."""
+    key = hash32(torch.tensor([seed & MASK], device=counters.device))
+    key = hash32(key ^ hash32(torch.tensor([(seed >> 32 & MASK) + 0x9E3779B9 + stream], device=counters.device) & MASK))
+    high = hash32((counters >> 32) ^ key)
+    return hash32((counters & MASK) ^ hash32(high + 0x632BE5AB & MASK))
+
+
+class Sketch:
+    """Sign-flipped, cyclically shifted fold: parameter j goes to bucket (j + shift[j ÷ k]) mod k with a random sign.
+
+    An inner product of two sketches is unbiased, with variance at most (‖x‖²‖y‖² + ⟨x,y⟩²)/k (the
+    count-sketch bound of Charikar, Chen & Farach-Colton 2002; two parameters of one block never
+    collide, of different blocks with probability 1/k). Costs one multiplication and one addition
+    per parameter, and one byte of memory per parameter for the signs.
+    """
+
+    def __init__(self, parameters: int, dim: int, seed: int, device: torch.device | str = "cpu") -> None:
+        self.dim = dim
+        self.signs = torch.empty(parameters, dtype=torch.int8, device=device)
+        for start in range(0, parameters, 1 << 20):
+            counters = torch.arange(start, min(start + (1 << 20), parameters), device=device)
+            self.signs[start : start + (1 << 20)] = 1 - 2 * (counter_hash(seed, 0, counters) & 1)
+        blocks = torch.arange(-(-parameters // dim))
+        self.shifts: list[int] = (counter_hash(seed, 1, blocks) * dim >> 32).tolist()
+
+    def add(self, out: torch.Tensor, offset: int, values: torch.Tensor) -> None:
+        values.mul_(self.signs[offset : offset + values.shape[1]])
+        start, end = offset, offset + values.shape[1]
+        while start < end:
+            block, place = divmod(start, self.dim)
+            bucket = (place + self.shifts[block]) % self.dim
+            # up to the end of the block, and without wrapping round the buckets
+            length = min(end - start, self.dim - place, self.dim - bucket)
+            out[:, bucket : bucket + length] += values[:, start - offset : start - offset + length]
+            start += length
+
+
+class Rademacher:
+    """Dense random signs over √k: the projection LESS uses, exact in expectation with variance about ‖x‖²‖y‖²/k.
+
+    Costs rows × n × k multiplications, and n × k hashed bits a batch whatever its rows; the matrix
+    exists only in pieces of at most 2²² numbers.
+    """
+
+    def __init__(self, parameters: int, dim: int, seed: int, device: torch.device | str = "cpu") -> None:
+        self.dim = dim
+        self.seed = seed
+        self.words = -(-dim // 32)  # one hash gives 32 signs
+        self.chunk = max(1, (1 << 22) // dim)
+        self.bits = torch.arange(32, device=device)
+
+    def matrix(self, start: int, length: int) -> torch.Tensor:
+        """Rows start … start+length of the matrix: [length, k] float32 of ±1/√k."""
+        parameter = torch.arange(start, start + length, device=self.bits.device)[:, None]
+        word = torch.arange(self.words, device=self.bits.device)[None, :]
+        bits = counter_hash(self.seed, 2, parameter * self.words + word)[:, :, None] >> self.bits & 1
+        signs = (1 - 2 * bits).reshape(length, -1)[:, : self.dim].to(torch.float32)
+        return signs / self.dim**0.5
+
+    def add(self, out: torch.Tensor, offset: int, values: torch.Tensor) -> None:
+        for start in range(0, values.shape[1], self.chunk):
+            piece = values[:, start : start + self.chunk]
+            out.addmm_(piece, self.matrix(offset + start, piece.shape[1]))
+
+
+class Identity:
+    """No projection: k = P. Exact, and as large as the adapter for every row."""
+
+    def __init__(self, parameters: int) -> None:
+        self.dim = parameters
+
+    def add(self, out: torch.Tensor, offset: int, values: torch.Tensor) -> None:
+        out[:, offset : offset + values.shape[1]] = values
+
+
+class Queries:
+    """Inner products with q given vectors [q, P] in full parameter space, plus ‖·‖² as the last column."""
+
+    def __init__(self, vectors: torch.Tensor) -> None:
+        self.vectors = vectors
+        self.dim = vectors.shape[0] + 1
+
+    def add(self, out: torch.Tensor, offset: int, values: torch.Tensor) -> None:
+        out[:, :-1].addmm_(values, self.vectors[:, offset : offset + values.shape[1]].T)
+        out[:, -1] += (values * values).sum(dim=1)
+
+
+def make_projector(name: str, parameters: int, dim: int, seed: int, device: torch.device | str) -> Projector:
+    """The projector that `projector:` names; `none` ignores `dim`."""
+    if name == "none":
+        return Identity(parameters)
+    return {"sketch": Sketch, "rademacher": Rademacher}[name](parameters, dim, seed, device)

@@ -1,0 +1,1 @@
+"""Scores from gradients, and the rows they select."""

@@ -1,0 +1,48 @@
+"""Scores without a projection: the validation directions are kept whole, and every training direction is
+dotted with them while it passes. No store, no approximation, less work than any projection."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dataflex.data.examples import Example
+from dataflex.gradients.direction import Direction
+from dataflex.gradients.passes import Pass, batches_of, project_rows
+from dataflex.gradients.projection import Identity, Queries
+from dataflex.influence.scores import ONE_SUBTASK
+from dataflex.progress import SILENT, Progress
+
+
+def exact_cosines(
+    run: Pass,
+    train: list[Example],
+    validation: list[Example],
+    train_direction: Direction,
+    validation_direction: Direction,
+    progress: Progress = SILENT,
+) -> tuple[list[str], np.ndarray]:
+    """Each training row's mean cosine with each subtask's rows: names, and [S, N] float32.
+
+    Memory beyond the model: S × P float32 for the subtasks' mean directions.
+    """
+    names = sorted({example.subtask or ONE_SUBTASK for example in validation})
+    queries = torch.zeros(len(names), run.parameters, device=run.device)
+    counts = torch.zeros(len(names), 1, device=run.device)
+    identity = Identity(run.parameters)
+    batches = batches_of(validation, run.token_budget, identity.dim)
+    for rows in project_rows(run, validation, batches, validation_direction, identity, progress, "eval gradients"):
+        unit = rows.vectors / rows.vectors.norm(dim=1, keepdim=True)
+        for index, vector in zip(rows.indices, unit, strict=True):
+            place = names.index(validation[index].subtask or ONE_SUBTASK)
+            queries[place] += vector
+            counts[place] += 1
+    queries /= counts
+
+    cosines = np.empty((len(names), len(train)), dtype=np.float32)
+    projector = Queries(queries)
+    batches = batches_of(train, run.token_budget, projector.dim)
+    for rows in project_rows(run, train, batches, train_direction, projector, progress, "train gradients"):
+        products = rows.vectors[:, :-1] / rows.vectors[:, -1:].sqrt()
+        cosines[:, rows.indices] = products.T.cpu().numpy()
+    return names, cosines

@@ -1,0 +1,183 @@
+"""From cosines to one score a row: the arithmetic, and the score file.
+
+Inf(z) = Σ_i η̄_i · agg_z′ cos(∇ℓ(z′; θ_i), Γ(z; θ_i)) (Xia et al., LESS, ICML 2024, arXiv 2402.04333).
+The mean of cosines over a subtask's rows is the dot product with the mean of their unit vectors, so one
+vector per (checkpoint, subtask) stands for any number of validation rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataflex.data.examples import Example
+from dataflex.errors import UsageError
+from dataflex.files import read_jsonl, write_jsonl
+
+ONE_SUBTASK = "all"
+"""The name of the only subtask where validation rows name none."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of N rows, in row order."""
+
+    row: np.ndarray
+    """[N] int64: row numbers in the source."""
+    score: np.ndarray
+    """[N] float64"""
+    subtasks: dict[str, np.ndarray]
+    """[N] float64 for each subtask: Σ_i η̄_i · mean cosine."""
+    dataset: list[str] | None = None
+    """Each row's dataset, where several were named."""
+
+
+def normalise_weights(weights: Sequence[float]) -> list[float]:
+    """η̄: weights divided by their sum. All zero (nothing learned yet) counts as equal."""
+    total = math.fsum(weights)
+    if total == 0:
+        return [1 / len(weights)] * len(weights)
+    return [weight / total for weight in weights]
+
+
+def parse_weights(text: str, learning_rates: Sequence[float]) -> list[float]:
+    """`lr`, `uniform` or numbers by comma, one per checkpoint, as weights that sum to 1.
+
+    Raises:
+        UsageError: on anything else, on the wrong count, and on learning rates that are all zero.
+    """
+    count = len(learning_rates)
+    if text == "uniform":
+        return normalise_weights([1.0] * count)
+    if text == "lr":
+        if not any(learning_rates):
+            raise UsageError("weights lr: every checkpoint's learning rate is 0; use weights uniform")
+        return normalise_weights(learning_rates)
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"weights {text!r}: expected lr, uniform, or numbers by comma such as 0.6,0.4") from None
+    if len(numbers) != count:
+        raise UsageError(f"weights {text!r}: {len(numbers)} numbers for {count} checkpoints")
+    if not all(math.isfinite(number) and number >= 0 for number in numbers) or not any(numbers):
+        raise UsageError(f"weights {text!r}: expected numbers of at least 0, not all 0")
+    return normalise_weights(numbers)
+
+
+def subtask_means(vectors: np.ndarray, subtask: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
+    """The mean unit vector of each subtask.
+
+    Args:
+        vectors: [V, k] unit rows.
+        subtask: each row's subtask, or None for one subtask.
+
+    Returns:
+        names in order, and [S, k] float32.
+    """
+    labels = np.array([ONE_SUBTASK] * len(vectors) if subtask is None else subtask)
+    names = sorted(set(labels.tolist()))
+    means = [vectors[labels == name].mean(axis=0, dtype=np.float64) for name in names]
+    return names, np.stack(means).astype(np.float32)
+
+
+def reduce_subtasks(values: np.ndarray, how: str) -> np.ndarray:
+    """[S, N] to [N]: the `mean` or the `max` over subtasks."""
+    return values.mean(axis=0) if how == "mean" else values.max(axis=0)
+
+
+def round_robin(values: np.ndarray) -> np.ndarray:
+    """[S, N] to [N]: subtasks take turns at picking their best row that is left; earlier picks score higher.
+
+    The scores are 1 − position/N, so the n best are what n turns pick.
+    """
+    subtasks, count = values.shape
+    queues = [iter(np.argsort(-row, kind="stable").tolist()) for row in values]
+    scores = np.full(count, np.nan)
+    for position in range(count):
+        queue = queues[position % subtasks]
+        pick = next(index for index in queue if np.isnan(scores[index]))
+        scores[pick] = 1 - position / count
+    return scores
+
+
+def influence(cosines: Sequence[np.ndarray], weights: Sequence[float], how: str) -> tuple[np.ndarray, np.ndarray]:
+    """The sum over checkpoints.
+
+    Args:
+        cosines: for each checkpoint [S, N], a row's mean cosine with each subtask.
+        weights: η̄, summing to 1.
+        how: `mean`, `max` or `round-robin`. The reduction is taken at each checkpoint and then summed,
+            as in the formula above; `round-robin` ranks the sums.
+
+    Returns:
+        scores [N], and the weighted sums by subtask [S, N]; float64.
+    """
+    total = sum(weight * values.astype(np.float64) for weight, values in zip(weights, cosines, strict=True))
+    if how == "round-robin":
+        return round_robin(total), total
+    reduced = [reduce_subtasks(values.astype(np.float64), how) for values in cosines]
+    return sum(weight * values for weight, values in zip(weights, reduced, strict=True)), total
+
+
+def scores_of(
+    examples: Sequence[Example], several: bool, names: Sequence[str], score: np.ndarray, by_subtask: np.ndarray
+) -> Scores:
+    """Arrays in the order of `examples` as Scores; `several` datasets are told apart by name."""
+    return Scores(
+        row=np.array([example.row for example in examples], dtype=np.int64),
+        score=score,
+        subtasks=dict(zip(names, by_subtask, strict=True)),
+        dataset=[example.dataset for example in examples] if several else None,
+    )
+
+
+def ranking(row: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """Indices from best to worst; equal scores in row order."""
+    return np.lexsort((row, -score))
+
+
+def score_records(scores: Scores, indices: Iterable[int]) -> Iterable[dict[str, object]]:
+    """The lines of a score file for `indices`, in that order."""
+    for index in indices:
+        record: dict[str, object] = {"row": int(scores.row[index])}
+        if scores.dataset is not None:
+            record["dataset"] = scores.dataset[index]
+        record["score"] = float(scores.score[index])
+        record["subtasks"] = {name: float(values[index]) for name, values in scores.subtasks.items()}
+        yield record
+
+
+def write_scores(scores: Scores, path: Path) -> None:
+    """Write a score file in row order; atomic."""
+    write_jsonl(path, score_records(scores, np.argsort(scores.row, kind="stable").tolist()))
+
+
+def read_scores(path: str | Path) -> Scores:
+    """Read a score file.
+
+    Raises:
+        UsageError: naming the first line that is not a score, or a row that stands twice.
+    """
+    rows: list[int] = []
+    values: list[float] = []
+    datasets: list[str | None] = []
+    seen: set[int] = set()
+    for number, record in enumerate(read_jsonl(path, "scores"), start=1):
+        row, score = record.get("row"), record.get("score")
+        whole = isinstance(row, int) and not isinstance(row, bool) and row >= 0
+        if not whole or isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise UsageError(f'scores {path}, record {number}: expected {{"row": 17, "score": 0.01}}, found {str(record)[:80]}')
+        if row in seen:
+            raise UsageError(f"scores {path}, record {number}: row {row} stands twice")
+        seen.add(row)
+        rows.append(row)
+        values.append(float(score))
+        datasets.append(record.get("dataset"))
+    if not rows:
+        raise UsageError(f"scores {path}: no scores in it")
+    named = [str(name) for name in datasets] if all(name is not None for name in datasets) else None
+    return Scores(np.array(rows, dtype=np.int64), np.array(values), {}, named)

@@ -1,0 +1,67 @@
+"""The `score` command: from gradient stores, or exactly from checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dataflex.config import RunConfig, require
+from dataflex.data.examples import load_split
+from dataflex.errors import UsageError
+from dataflex.files import check_output_file
+from dataflex.gradients.collect import checkpoint_pass
+from dataflex.gradients.direction import make_direction
+from dataflex.influence.exact import exact_cosines
+from dataflex.influence.scores import Scores, influence, parse_weights, scores_of, write_scores
+from dataflex.influence.stored import open_pairs, stored_cosines
+from dataflex.model import check_vocabulary, load_tokenizer
+from dataflex.progress import SILENT, Progress
+from dataflex.training.moments import load_moments
+
+
+def score(config: RunConfig, progress: Progress = SILENT) -> Path:
+    """Score the training rows and write the score file `output`; return its path.
+
+    With `exact` the gradients are taken here, at each of `checkpoint`; else they come from
+    `train_stores` and `eval_stores`, paired in order.
+    """
+    require(config, "score", "output")
+    path = check_output_file(config.output, config.overwrite)
+    if config.exact and (config.train_stores or config.eval_stores):
+        raise UsageError("exact scores need no stores; give either --exact with --checkpoint, or --train and --eval")
+    write_scores(_exact_scores(config, progress) if config.exact else _stored_scores(config, progress), path)
+    return path
+
+
+def _stored_scores(config: RunConfig, progress: Progress) -> Scores:
+    require(config, "score", "train_stores", "eval_stores")
+    pairs = open_pairs(config.train_stores, config.eval_stores)
+    weights = parse_weights(config.weights, [train.manifest["learning_rate"] for train, _ in pairs])
+    results = [stored_cosines(train, validation, progress) for train, validation in pairs]
+    total, by_subtask = influence([cosines for _, cosines in results], weights, config.reduce)
+    train = pairs[0][0]
+    names = results[0][0]
+    return Scores(train.row, total, dict(zip(names, by_subtask, strict=True)), train.dataset)
+
+
+def _exact_scores(config: RunConfig, progress: Progress) -> Scores:
+    require(config, "score --exact", "model_name_or_path", "dataset", "eval_dataset", "checkpoint")
+    checkpoints = [Path(checkpoint) for checkpoint in config.checkpoint]
+    moments = [load_moments(checkpoint) for checkpoint in checkpoints]
+    rates = [held.learning_rate if held else config.learning_rate for held in moments]
+    weights = parse_weights(config.weights, rates)
+    tokenizer = load_tokenizer(config)
+    train = load_split(config, tokenizer, "train", progress).examples
+    validation = load_split(config, tokenizer, "eval", progress).examples
+    names: list[str] = []
+    cosines: list[np.ndarray] = []
+    for checkpoint, held in zip(checkpoints, moments, strict=True):
+        run = checkpoint_pass(config, checkpoint, tokenizer.pad_token_id)
+        check_vocabulary(run.model, [*train, *validation], config.template)
+        train_direction = make_direction(config.gradient_type, config.adam_formula, held, run.slots)
+        eval_direction = make_direction(config.eval_gradient_type, config.adam_formula, held, run.slots)
+        names, values = exact_cosines(run, train, validation, train_direction, eval_direction, progress)
+        cosines.append(values)
+    total, by_subtask = influence(cosines, weights, config.reduce)
+    return scores_of(train, len(config.dataset) > 1, names, total, by_subtask)

@@ -1,0 +1,70 @@
+"""From scores to the rows that are taken: the `select` command and its rules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from dataflex.config import RunConfig, require
+from dataflex.data.catalog import find_sources
+from dataflex.data.records import read_records
+from dataflex.data.subset import subset_records
+from dataflex.errors import UsageError
+from dataflex.files import check_output_file, write_jsonl
+from dataflex.influence.scores import Scores, ranking, read_scores
+from dataflex.progress import SILENT, Progress
+
+
+def choose(
+    scores: Scores, *, top: float | None = None, count: int | None = None, threshold: float | None = None
+) -> np.ndarray:
+    """Indices of the selected rows, best first; equal scores in row order.
+
+    Args:
+        top: a share of the scored rows, rounded down, at least one row.
+        count: a number of rows.
+        threshold: every row that scores at least this.
+
+    Raises:
+        UsageError: unless exactly one rule is given, and if it selects no row or more than there are.
+    """
+    if len([rule for rule in (top, count, threshold) if rule is not None]) != 1:
+        raise UsageError("select needs one of top (a share such as 0.05), count or threshold")
+    order = ranking(scores.row, scores.score)
+    if threshold is not None:
+        order = order[scores.score[order] >= threshold]
+        if not len(order):
+            raise UsageError(f"no row scores {threshold} or more; the best scores {scores.score.max():.6g}")
+        return order
+    wanted = count if count is not None else max(1, int(round(top * len(order), 9)))
+    if wanted > len(order):
+        raise UsageError(f"count {wanted} is more than the {len(order)} scored rows; lower it")
+    return order[:wanted]
+
+
+def select(config: RunConfig, progress: Progress = SILENT) -> Path:
+    """Write the best rows of `data`, as they stand in their source, into the subset `output`; return its path."""
+    require(config, "select", "scores", "output")
+    names = config.data or config.dataset
+    if not names:
+        require(config, "select", "data")
+    path = check_output_file(config.output, config.overwrite)
+    scores = read_scores(config.scores)
+    chosen = choose(scores, top=config.top, count=config.count, threshold=config.threshold)
+
+    sources = find_sources(names, config.dataset_dir)
+    rows = [int(scores.row[index]) for index in chosen]
+    total = sum(len(read_records(source)) for source in sources)
+    if scores.row.max() >= total:
+        raise UsageError(
+            f"scores {config.scores}: row {scores.row.max()} is past the end of {', '.join(names)} ({total} rows); "
+            "name the data the scores were made from"
+        )
+    records = subset_records(sources, rows)
+    if not config.plain:
+        for record, index in zip(records, chosen, strict=True):
+            record["dataflex"] = {"row": int(scores.row[index]), "score": float(scores.score[index])}
+    write_jsonl(path, records)
+    progress.say(f"{len(records)} of {len(scores.row)} scored rows selected, scores {scores.score[chosen[-1]]:.4g} to {scores.score[chosen[0]]:.4g}")
+    return path

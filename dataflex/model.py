@@ -1,0 +1,208 @@
+"""The base model, its tokenizer and its LoRA adapter, from a hub id, a directory or a .gguf file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dataflex.config import RunConfig, require
+from dataflex.errors import UsageError
+from dataflex.lora import linear_names
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
+MODEL_FILES = ("*.safetensors", "*.bin", "config.json")
+
+
+def model_source(config: RunConfig, local_only: bool = False) -> dict[str, Any]:
+    """The arguments with which transformers' `from_pretrained` finds the model, a .gguf file included.
+
+    `local_only` never asks the hub: a hub id is then found only where it was downloaded before.
+    """
+    require(config, "loading a model", "model_name_or_path")
+    name = config.model_name_or_path
+    source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if name.endswith(".gguf"):
+        path = Path(name)
+        if not path.is_file():
+            raise UsageError(f"model_name_or_path: no file {name}")
+        return {**source, "pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise UsageError(f"model_name_or_path: {name} has no config.json; name a folder that holds a whole model")
+    return {**source, "pretrained_model_name_or_path": name, "local_files_only": local_only}
+
+
+def _not_loadable(config: RunConfig, what: str, error: Exception) -> UsageError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return UsageError(
+        f"model_name_or_path: cannot load the {what} of {config.model_name_or_path}: {reason} "
+        "Name a local folder, a .gguf file, or a hub id this machine can reach."
+    )
+
+
+def load_tokenizer(config: RunConfig, local_only: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, padding on the right, with a pad token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**model_source(config, local_only), padding_side="right")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _not_loadable(config, "tokenizer", error) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model_config(config: RunConfig, local_only: bool = False) -> PretrainedConfig:
+    """The model's architecture, without its weights."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(**model_source(config, local_only))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _not_loadable(config, "configuration", error) from error
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    """dtype of the base model's weights and matrix products."""
+    if config.bf16 or config.pure_bf16:
+        return torch.bfloat16
+    return torch.float16 if config.fp16 else torch.float32
+
+
+def load_base_model(config: RunConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model in `dtype`, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    attention = {} if config.flash_attn == "auto" else {"attn_implementation": ATTENTION[config.flash_attn]}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**model_source(config), **attention, dtype=dtype)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _not_loadable(config, "weights", error) from error
+    if config.model_name_or_path.endswith(".gguf"):
+        _forget_quantization(model)
+    model.config.use_cache = False
+    return model
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A .gguf file is dequantized on loading; what says otherwise would bar training and saving."""
+    for holder, names in (
+        (model.config, ("quantization_config",)),
+        (model, ("hf_quantizer", "is_quantized", "quantization_method")),
+    ):
+        for name in names:
+            if name in vars(holder):
+                delattr(holder, name)
+
+
+def lora_targets(model: nn.Module, config: RunConfig) -> list[str]:
+    """Module names that get a pair; a UsageError where a name matches nothing."""
+    names = linear_names(model)
+    if config.lora_target == ["all"]:
+        return names
+    every = {name for name, _ in model.named_modules()}
+    for target in config.lora_target:
+        if not any(name == target or name.endswith(f".{target}") for name in every):
+            raise UsageError(f"lora_target: the model has no module {target!r}; linear layers are {', '.join(names)}")
+    return config.lora_target
+
+
+def add_lora(model: PreTrainedModel, config: RunConfig) -> PeftModel:
+    """A fresh adapter on `model`: A random from `seed`, B zero, float32 unless `pure_bf16`."""
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import set_seed
+
+    set_seed(config.seed)
+    lora = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        target_modules=lora_targets(model, config),
+    )
+    return get_peft_model(model, lora, autocast_adapter_dtype=not config.pure_bf16)
+
+
+def load_adapter(model: PreTrainedModel, path: str | Path, config: RunConfig, trainable: bool = True) -> PeftModel:
+    """The adapter in `path` on `model`, after checking that it was made for a model of these shapes."""
+    from peft import PeftModel
+
+    check_adapter_fits(model, path)
+    return PeftModel.from_pretrained(
+        model, str(path), is_trainable=trainable, autocast_adapter_dtype=not config.pure_bf16
+    )
+
+
+def check_adapter_fits(model: nn.Module, path: str | Path) -> None:
+    """Raise a UsageError unless every LoRA tensor in `path` has a layer of its shape in `model`."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = Path(path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise UsageError(f"adapter {path}: no {name}; name a folder that warmup, train or dynamic wrote")
+    modules = dict(model.named_modules())
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
+                module_name, _, letter = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+                shape = tensors.get_slice(key).get_shape()
+                if not module_name:
+                    continue
+                layer = modules.get(module_name)
+                if layer is None or not hasattr(layer, "weight"):
+                    raise UsageError(f"adapter {path} does not fit the base model: it adapts {module_name}, which the model lacks")
+                out_features, in_features = layer.weight.shape
+                needed, found = (in_features, shape[1]) if letter == "A" else (out_features, shape[0])
+                if needed != found:
+                    raise UsageError(
+                        f"adapter {path} does not fit the base model: {key} is {found} wide, "
+                        f"but {module_name} of the model is {needed}"
+                    )
+    except SafetensorError as error:
+        raise UsageError(f"adapter {path}/adapter_model.safetensors: not a whole safetensors file ({error})") from None
+
+
+def device() -> torch.device:
+    """The GPU of this process if there is one, else the CPU."""
+    import os
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def check_vocabulary(model: nn.Module, examples: list[Any], template: str | None) -> None:
+    """Raise a UsageError if a row holds a token the model has no embedding for."""
+    rows = model.get_input_embeddings().num_embeddings
+    for example in examples:
+        if max(example.input_ids) >= rows:
+            raise UsageError(
+                f"row {example.row} of {example.dataset}: token {max(example.input_ids)}, but the model has {rows} "
+                f"embeddings; template {template!r} does not fit this model"
+            )
+
+
+def model_fingerprint(config: RunConfig) -> str:
+    """What tells one base model from another without reading its weights: local files' names, sizes and
+    config.json; the hub's commit where the model came from there; else its name."""
+    path = Path(config.model_name_or_path)
+    if path.is_file():
+        return f"{path.name}:{path.stat().st_size}"
+    if path.is_dir():
+        files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
+        sizes = [(file.name, file.stat().st_size) for file in files]
+        text = json.dumps(sizes) + (path / "config.json").read_text(encoding="utf-8")
+        return hashlib.sha256(text.encode()).hexdigest()
+    commit = getattr(load_model_config(config), "_commit_hash", None)
+    return commit or config.model_name_or_path

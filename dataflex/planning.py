@@ -1,0 +1,169 @@
+"""What a command would do, found out without weights, without the network and without writing: `--dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dataflex.config import RunConfig, require
+from dataflex.data.examples import Split, load_split
+from dataflex.errors import UsageError
+from dataflex.files import check_output_dir, check_output_file
+from dataflex.progress import SILENT, Progress
+
+STORE_BYTES = {"float16": 2.0, "float32": 4.0, "int8": 1.0, "int1": 0.125}
+
+NEEDS = {
+    "warmup": ("model_name_or_path", "dataset", "output_dir"),
+    "train": ("model_name_or_path", "dataset", "output_dir"),
+    "dynamic": ("model_name_or_path", "dataset", "eval_dataset", "output_dir"),
+    "grads": ("model_name_or_path", "checkpoint", "output"),
+    "score": ("output",),
+    "select": ("scores", "output"),
+    "merge": ("model_name_or_path", "adapter_name_or_path", "export_dir"),
+}
+TRAINS = ("warmup", "train", "dynamic")
+
+
+@dataclass
+class Plan:
+    """The findings of a dry run; what could not be found out says why in `unknown`."""
+
+    command: str
+    config: dict[str, Any]
+    schedule: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+
+def plan(config: RunConfig, command: str, progress: Progress = SILENT) -> Plan:
+    """Check `config` for `command` and say what it would do.
+
+    Raises:
+        UsageError: for whatever would stop the command before it writes anything, as far as that shows
+            without the weights.
+    """
+    require(config, command, *NEEDS[command])
+    result = Plan(command, config.model_dump(exclude_none=True))
+    _check_outputs(config, command)
+    splits = _load_splits(config, command, result, progress)
+    if command in TRAINS:
+        result.schedule = _schedule(config, command, splits.get("train"))
+    if command in (*TRAINS, "grads"):
+        _measure(config, command, splits, result)
+    return result
+
+
+def _check_outputs(config: RunConfig, command: str) -> None:
+    if command in TRAINS:
+        check_output_dir(config.output_dir, "output_dir", config.overwrite or config.overwrite_output_dir)
+    elif command == "merge":
+        check_output_dir(config.export_dir, "export_dir", config.overwrite)
+    else:
+        check_output_file(config.output, config.overwrite or command == "grads")
+
+
+def _load_splits(config: RunConfig, command: str, result: Plan, progress: Progress) -> dict[str, Split]:
+    from dataflex.model import load_tokenizer
+
+    if command == "grads":
+        names = [config.split]
+    elif command in TRAINS:
+        names = ["train", "eval"] if command == "dynamic" or config.eval_strategy != "no" else ["train"]
+    elif command == "score" and config.exact:
+        names = ["train", "eval"]
+    else:
+        return {}
+    if not Path(config.dataset_dir).exists() and "dataset_dir" not in config.model_fields_set:
+        result.unknown.append(f"rows: there is no folder {config.dataset_dir}/ here; set dataset_dir")
+        return {}
+    try:
+        tokenizer = load_tokenizer(config, local_only=True)
+    except UsageError as error:
+        result.unknown.append(f"rows: they are counted with the tokenizer. {error}")
+        _check_sources(config, names)
+        return {}
+    splits = {name: load_split(config, tokenizer, name, progress) for name in names}
+    for name, split in splits.items():
+        report = split.report
+        result.data[name] = {
+            "rows": report.seen,
+            "kept": report.kept,
+            "dropped": {reason: len(rows) for reason, rows in report.dropped.items()},
+            "truncated": report.truncated,
+            "lost_end": report.lost_end,
+            "tokens": sum(report.lengths),
+            "longest": max(report.lengths),
+        }
+    return splits
+
+
+def _check_sources(config: RunConfig, names: list[str]) -> None:
+    """Without a tokenizer the datasets and the template can still be looked up."""
+    from dataflex.data.catalog import find_sources
+    from dataflex.data.templates import find_template
+
+    if config.template is not None:
+        find_template(config.template)
+    for name in names:
+        find_sources(getattr(config, "eval_dataset" if name == "eval" else "dataset"), config.dataset_dir)
+
+
+def _schedule(config: RunConfig, command: str, train: Split | None) -> dict[str, Any]:
+    from dataflex.dynamic_run import check_selection_size
+    from dataflex.training.schedule import dynamic_schedule, training_steps, warmup_steps
+
+    if command == "dynamic":
+        schedule = dynamic_schedule(config)
+        if train is not None:
+            check_selection_size(schedule, train)
+        return {
+            "steps": schedule.total_steps,
+            "rows_per_step": schedule.rows_per_step,
+            "warmup_steps": min(schedule.warmup_step, schedule.total_steps),
+            "selections": schedule.selection_steps,
+            "rows_per_selection": schedule.rows_per_selection,
+        }
+    if command == "warmup":
+        return {"steps": warmup_steps(config), "rows_per_step": config.rows_per_step}
+    if train is None:
+        return {"rows_per_step": config.rows_per_step}
+    return {"steps": training_steps(config, len(train.examples)), "rows_per_step": config.rows_per_step}
+
+
+def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: Plan) -> None:
+    """Parameter counts from the architecture alone, and the bytes that follow from them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from dataflex.lora import layout, lora_pairs
+    from dataflex.model import add_lora, compute_dtype, load_model_config
+
+    try:
+        architecture = load_model_config(config, local_only=True)
+    except UsageError as error:
+        result.unknown.append(f"sizes: they follow from the model's config. {error}")
+        return
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(architecture)
+        base_parameters = base.num_parameters()
+        adapter = sum(slot.size for slot in layout(lora_pairs(add_lora(base, config))))
+    vocabulary, itemsize = architecture.get_text_config().vocab_size, compute_dtype(config).itemsize
+    result.sizes = {"base_parameters": base_parameters, "adapter_parameters": adapter}
+    if config.projector == "none":
+        dim = adapter
+    else:
+        dim = config.proj_dim or 0
+    rows = {name: len(split.examples) for name, split in splits.items()}
+    if command == "grads" or (command == "dynamic" and not config.is_exact):
+        per_row = dim * STORE_BYTES[config.store_dtype] + 17
+        result.sizes["store_bytes"] = int(sum(rows.values()) * per_row)
+    # weights; adapter with gradient and two moments; and for each token of a batch its logits, their
+    # softmax and its gradient in float32, the largest of what a batch holds
+    tokens = config.token_budget
+    if command in TRAINS and splits:
+        longest = min(config.cutoff_len, max(max(split.report.lengths) for split in splits.values()))
+        tokens = max(tokens, config.per_device_train_batch_size * longest)
+    result.sizes["peak_memory_bytes"] = base_parameters * itemsize + adapter * 4 * 4 + 3 * 4 * tokens * vocabulary

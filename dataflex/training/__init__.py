@@ -1,0 +1,1 @@
+"""LoRA training on transformers.Trainer: its schedule, its checkpoints, its plots."""

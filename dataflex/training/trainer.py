@@ -1,0 +1,192 @@
+"""One trainer for `warmup`, `train` and `dynamic`: transformers' own, told step by step which rows to take."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from dataflex.config import RunConfig
+from dataflex.data.batches import collate
+from dataflex.data.examples import Example
+from dataflex.lora import layout, lora_pairs
+from dataflex.progress import Progress, Task
+from dataflex.training.moments import AdamMoments, live_moments, save_moments
+
+RowsForStep = Callable[[int, "RowTrainer"], list[int]]
+"""(step about to be taken, trainer) → indices of that step's rows, over all processes."""
+
+
+def training_arguments(config: RunConfig, total_steps: int) -> TrainingArguments:
+    """The YAML's training keys under transformers 5's names."""
+    warmup = config.warmup_steps or config.warmup_ratio  # a value below 1 is a share there, too
+    eval_steps = config.eval_steps or config.logging_steps
+    return TrainingArguments(
+        output_dir=config.output_dir,
+        seed=config.seed,
+        max_steps=total_steps,
+        per_device_train_batch_size=config.per_device_train_batch_size,
+        per_device_eval_batch_size=config.per_device_eval_batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler_type,
+        lr_scheduler_kwargs=config.lr_scheduler_kwargs,
+        warmup_steps=warmup,
+        optim=config.optim,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1,
+        adam_beta2=config.adam_beta2,
+        adam_epsilon=config.adam_epsilon,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16 and not config.pure_bf16,
+        fp16=config.fp16,
+        gradient_checkpointing=not config.disable_gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        neftune_noise_alpha=config.neftune_noise_alpha,
+        logging_steps=config.logging_steps,
+        save_strategy=config.save_strategy,
+        save_steps=config.save_steps,
+        save_total_limit=config.save_total_limit,
+        save_only_model=config.save_only_model,
+        eval_strategy=config.eval_strategy,
+        eval_steps=eval_steps,
+        report_to=config.report_to,
+        run_name=config.run_name,
+        ddp_timeout=config.ddp_timeout,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+class RowTrainer(Trainer):
+    """transformers' Trainer over rows that are named when a step begins, not when the run does."""
+
+    def __init__(
+        self,
+        *,
+        examples: list[Example],
+        rows_for_step: RowsForStep,
+        steps_per_epoch: int,
+        task: Task,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(train_dataset=examples, **kwargs)
+        self.examples = examples
+        self.rows_for_step = rows_for_step
+        self.steps_per_epoch = steps_per_epoch
+        self.last_learning_rate = 0.0
+        self.remove_callback(PrinterCallback)
+        self.add_callback(RunLog(self, task))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As many batches as an epoch has; they only count, `get_batch_samples` brings the rows."""
+        return DataLoader(range(self.steps_per_epoch * self.args.gradient_accumulation_steps))
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The batches of the step about to be taken, this process's share of its rows."""
+        rows = self.rows_for_step(self.state.global_step, self)
+        return super().get_batch_samples(self._batches(rows), num_batches, device)
+
+    def _batches(self, rows: list[int]) -> Iterator[dict[str, torch.Tensor]]:
+        size, world = self.args.per_device_train_batch_size, self.args.world_size
+        for start in range(self.args.process_index * size, len(rows), world * size):
+            yield self.data_collator([self.examples[index] for index in rows[start : start + size]])
+
+    def moments(self) -> AdamMoments:
+        """The optimizer's moments as they are now."""
+        slots = layout(lora_pairs(self.model))
+        return live_moments(self.optimizer, slots, self.state.global_step, self.last_learning_rate)
+
+
+class RunLog(TrainerCallback):
+    """Progress, trainer_log.jsonl under LLaMA-Factory's keys, and Adam's moments beside every checkpoint."""
+
+    def __init__(self, trainer: RowTrainer, task: Task) -> None:
+        self.trainer = trainer
+        self.task = task
+        self.started = time.monotonic()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        # read here: once the step is over, the schedule has moved on to the next step's rate
+        self.trainer.last_learning_rate = float(optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self.task.advance(1)
+        if state.global_step >= state.max_steps:
+            control.should_save = True  # the end of the run is a checkpoint, whatever save_strategy says
+        return control
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
+            return
+        if "loss" in logs:
+            self.task.advance(0, loss=float(logs["loss"]))
+        elapsed = time.monotonic() - self.started
+        share = state.global_step / state.max_steps
+        record = {
+            "current_steps": state.global_step,
+            "total_steps": state.max_steps,
+            "loss": logs.get("loss"),
+            "eval_loss": logs.get("eval_loss"),
+            "lr": logs.get("learning_rate"),
+            "epoch": logs.get("epoch"),
+            "percentage": round(100 * share, 2),
+            "elapsed_time": _clock(elapsed),
+            "remaining_time": _clock(elapsed / share - elapsed) if share else None,
+        }
+        with (Path(args.output_dir) / "trainer_log.jsonl").open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps({key: value for key, value in record.items() if value is not None}) + "\n")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        moments = self.trainer.moments()
+        if state.is_world_process_zero:
+            save_moments(moments, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def fit(
+    config: RunConfig,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    examples: list[Example],
+    *,
+    total_steps: int,
+    steps_per_epoch: int,
+    rows_for_step: RowsForStep,
+    progress: Progress,
+    eval_examples: list[Example] | None = None,
+) -> list[dict[str, Any]]:
+    """Train `model`'s adapter, save it with its tokenizer and logs in `output_dir`, and return the log history."""
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    pad_token_id = tokenizer.pad_token_id
+    with progress.task("training", total_steps, "steps") as task:
+        trainer = RowTrainer(
+            model=model,
+            args=training_arguments(config, total_steps),
+            data_collator=lambda rows: collate(rows, pad_token_id),
+            eval_dataset=eval_examples if config.eval_strategy != "no" else None,
+            processing_class=tokenizer,
+            examples=examples,
+            rows_for_step=rows_for_step,
+            steps_per_epoch=steps_per_epoch,
+            task=task,
+        )
+        result = trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    trainer.save_metrics("train", result.metrics)
+    return trainer.state.log_history

@@ -1,0 +1,113 @@
+"""What every test may lean on: the repository's folders, the demo model, a tiny model, the command line.
+
+    make test                                        # sets up first
+    .venv/bin/python -m pytest tests/test_assets.py  # one file, after `make setup`
+
+Fixtures fail, not skip, where something that `make setup` makes is missing: a test that did not run
+proves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; commands inherit it
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "SmolLM2-135M-Instruct"
+
+
+def _made_by_setup(path: Path) -> Path:
+    if not path.exists():
+        pytest.fail(f"{path} is missing: run `make setup`", pytrace=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with dataset_info.json and the demo datasets."""
+    _made_by_setup(ROOT / "data" / "dataset_info.json")
+    return ROOT / "data"
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """SmolLM2-135M-Instruct as float32 safetensors, with its tokenizer. Treat it as read-only."""
+    _made_by_setup(ROOT / "models" / MODEL / "converted_from.json")
+    return ROOT / "models" / MODEL
+
+
+@pytest.fixture(scope="session")
+def gguf_file() -> Path:
+    """The GGUF file that `model_dir` was made from."""
+    return _made_by_setup(ROOT / "models" / f"{MODEL}.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> Path:
+    """A random two-layer Llama in float32 with SmolLM2's tokenizer: the same code paths, in milliseconds.
+
+    The weights are the same in every session. Treat it as read-only.
+    """
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).float()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `dataflex ARGS` in a process of its own, as a user does.
+
+    `run_cli(*args, cwd=None, env=None, check=True)`: `env` is added to the environment; with `check` an
+    exit code other than 0 fails the test and shows what the command wrote.
+    """
+
+    def run(
+        *args: object, cwd: Path | None = None, env: dict[str, str] | None = None, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "dataflex", *map(str, args)]
+        done = subprocess.run(
+            command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False
+        )
+        if check and done.returncode != 0:
+            pytest.fail(
+                f"dataflex {' '.join(map(str, args))}: exit code {done.returncode}\n"
+                f"--- stdout\n{done.stdout}\n--- stderr\n{done.stderr}",
+                pytrace=False,
+            )
+        return done
+
+    return run

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from dataflex.data.conversations import Conversation, Message
+from dataflex.data.templates import TEMPLATES, encode_turns, find_template, prepare_tokenizer
+from dataflex.errors import UsageError
+
+HELLO = Conversation([Message("user", "Hi"), Message("assistant", "Hello")])
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer lacks")
+def test_llama3_as_text(tokenizer) -> None:
+    template = find_template("llama3")
+    prepare_tokenizer(tokenizer, template)
+    ((prompt, response),) = encode_turns(template, tokenizer, HELLO)
+    assert prompt[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(prompt[1:]) == (
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+    assert tokenizer.decode(response) == "Hello<|eot_id|>"
+    assert response[-1] == tokenizer.eos_token_id
+
+
+def test_a_default_system_yields_to_the_rows_own(tokenizer) -> None:
+    template = find_template("smollm2")
+    own = Conversation(HELLO.messages, system="Mine.")
+    texts = [tokenizer.decode(encode_turns(template, tokenizer, c)[0][0]) for c in (HELLO, own)]
+    assert "trained by Hugging Face." in texts[0]
+    assert texts[1].startswith("<|im_start|>system\nMine.<|im_end|>")
+
+
+def test_only_the_first_prompt_has_the_system_text(tokenizer) -> None:
+    twice = Conversation(HELLO.messages * 2)
+    first, second = encode_turns(find_template("qwen"), tokenizer, twice)
+    assert second[0] != first[0]
+    assert first[0][-len(second[0]) :] == second[0]
+
+
+def test_placeholders_in_a_rows_text_stay_as_they_are(tokenizer) -> None:
+    text = "{{content}} {{name}}"
+    conversation = Conversation([Message("user", text), Message("assistant", text)])
+    ((prompt, response),) = encode_turns(find_template("smollm2"), tokenizer, conversation)
+    assert text in tokenizer.decode(prompt)
+    assert tokenizer.decode(response).startswith(text)
+
+
+def test_unknown_template() -> None:
+    with pytest.raises(UsageError, match=r"did you mean 'llama3'.*There are alpaca, chatml"):
+        find_template("lama3")
+
+
+def test_a_template_that_fits_adds_nothing(tokenizer) -> None:
+    size = len(tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("smollm2", "qwen", "chatml"):
+            prepare_tokenizer(tokenizer, TEMPLATES[name])
+    assert len(tokenizer) == size
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_tokens_that_are_added_are_told_once(tokenizer) -> None:
+    with pytest.warns(UserWarning, match=r"lacks <\|eot_id\|>, <\|eom_id\|>.*ids from 49152 on") as caught:
+        prepare_tokenizer(tokenizer, TEMPLATES["llama3"])
+        prepare_tokenizer(tokenizer, TEMPLATES["llama3"])
+    assert len(caught) == 1
+    assert (tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.pad_token) == ("<|eot_id|>", 49152, "<|im_end|>")
+
+
+def test_pad_falls_back_to_eos(tokenizer) -> None:
+    tokenizer.pad_token = None
+    prepare_tokenizer(tokenizer, None)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dataflex.data.conversations import Unusable
+from dataflex.data.tools import TOOL_FORMATS, function_text, tool_prompt
+
+CLOCK = {"name": "clock", "description": "The time.", "parameters": {"properties": {"zone": {"type": "string"}}}}
+CALL = '{"name": "clock", "arguments": {"zone": "Köln"}}'
+
+
+def test_calls_in_each_format() -> None:
+    texts = {name: function_text(name, CALL, with_remarks=True) for name in TOOL_FORMATS}
+    assert texts == {
+        "default": 'Action: clock\nAction Input: {"zone": "Köln"}',
+        "llama3": '{"name": "clock", "parameters": {"zone": "Köln"}}',
+        "mistral": '[{"name": "clock", "arguments": {"zone": "Köln"}}]',
+        "qwen": '<tool_call>\n{"name": "clock", "arguments": {"zone": "Köln"}}\n</tool_call>',
+    }
+
+
+@pytest.mark.parametrize("name", TOOL_FORMATS)
+def test_prompts_name_the_tool_and_an_empty_list_says_nothing(name: str) -> None:
+    assert "clock" in tool_prompt(name, json.dumps([CLOCK]))
+    assert tool_prompt(name, json.dumps([{"type": "function", "function": CLOCK}])) == tool_prompt(
+        name, json.dumps([CLOCK])
+    )
+    assert tool_prompt(name, "[]") == ""
+
+
+def test_a_thought_stays_before_the_call() -> None:
+    assert function_text("llama3", "<think>\nhm\n</think>\n\n" + CALL, with_remarks=True).startswith("<think>\nhm")
+
+
+@pytest.mark.parametrize("tools", ["not json", '{"name": "x"}', "[1]", "3", '[{"name": "x"}]', '[{"parameters": 1}]'])
+def test_malformed_tools_are_a_reason(tools: str) -> None:
+    with pytest.raises(Unusable, match="malformed tools"):
+        tool_prompt("default", tools)
+
+
+@pytest.mark.parametrize("call", ["", "text", "1", "[1]", '{"name": "x"}', '{"name": 1, "arguments": {}}'])
+def test_malformed_calls_are_a_reason(call: str) -> None:
+    with pytest.raises(Unusable, match="malformed function call"):
+        function_text("qwen", call, with_remarks=True)

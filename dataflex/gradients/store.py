@@ -193,7 +193,7 @@ def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any) ->
 
 
 class StoreWriter:
-    """Writes rows of an existing store in place. One writer per file: the second is refused."""
+    """Writes rows of an existing store in place. One writing process per file: the second is refused."""
 
     def __init__(self, path: Path) -> None:
         with GradientStore(path) as store:
@@ -207,7 +207,8 @@ class StoreWriter:
         self.path = path
         self._handle = os.open(path, os.O_RDWR)
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # a record lock: HDF5 itself takes flock locks, and readers must not be kept out
+            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._handle)
             raise UsageError(f"gradient store {path}: another process is writing it; wait for it, or name another file") from None

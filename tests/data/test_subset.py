@@ -89,6 +89,6 @@ def test_rows_that_are_not_there(data_dir: Path) -> None:
     sources = find_sources(["identity"], data_dir)
     with pytest.raises(UsageError, match="row 91 is not in identity, which has rows 0 to 90"):
         subset_records(sources, [0, 91])
-    with pytest.raises(UsageError, match="row 7 of turns cannot be written as messages: no response"):
+    with pytest.raises(UsageError, match="row 98 of turns cannot be written as messages: no response"):
         subset_records([*sources, *find_sources(["turns"], POOL)], [0, 91 + 7])
     assert subset_records(sources, []) == []

@@ -1,0 +1,146 @@
+"""The store: what goes in comes out, the file is plain HDF5 at any moment, and a killed run is gone on with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from dataflex.errors import UsageError
+from dataflex.gradients.store import StoreWriter, create_store, decode_rows, encode_rows, open_store
+
+N, K = 7, 96
+
+
+def made(path: Path, dtype: str = "float16") -> Path:
+    create_store(
+        path,
+        manifest={
+            "store_dtype": dtype,
+            "proj_dim": K,
+            "parameters": [["a", 5]],
+            "datasets": [["first", 0], ["second", 20]],
+        },
+        row=np.array([0, 1, 3, 4, 20, 21, 25]),
+        tokens=np.arange(N),
+        subtask=["x", "y", "x", "x", "y", "é", "x"],
+    )
+    return path
+
+
+def vectors(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(N, K)).astype(np.float32) * 37
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cosine"), [("float32", 1 - 1e-7), ("float16", 1 - 1e-6), ("int8", 0.9998), ("int1", 0.7)]
+)
+def test_rows_come_back_as_unit_vectors(tmp_path, dtype, cosine):
+    path, rows = made(tmp_path / "g.h5", dtype), vectors()
+    with StoreWriter(path) as writer:
+        writer.write([4, 0, 2], rows[[4, 0, 2]], np.array([4.0, 0.5, 2.0]))
+        writer.write([1, 3, 5, 6], rows[[1, 3, 5, 6]], np.ones(4))
+    with open_store(path) as store:
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        np.testing.assert_allclose(np.linalg.norm(store[:], axis=1), 1, rtol=1e-6)
+        assert ((store[:] * unit).sum(axis=1) > cosine).all()
+        np.testing.assert_allclose(store.norm, np.linalg.norm(rows, axis=1), rtol=1e-6)
+        assert store.loss[[4, 0, 2]].tolist() == [4.0, 0.5, 2.0]
+        assert store.row.tolist() == [0, 1, 3, 4, 20, 21, 25]
+        assert store.subtask == ["x", "y", "x", "x", "y", "é", "x"]
+        assert store.dataset == ["first"] * 4 + ["second"] * 3
+        np.testing.assert_array_equal(store[2], store[2:3][0])
+        np.testing.assert_array_equal(np.concatenate([block for _, block in store.blocks(3)]), store[:])
+        store.require_whole()
+
+
+def test_the_contract_of_the_file(tmp_path):
+    path = made(tmp_path / "g.h5", "int1")
+    with h5py.File(path) as file:
+        assert file.attrs["format"] == "dataflex-gradients"
+        assert file.attrs["version"] == 1
+        assert json.loads(file.attrs["manifest"])["parameters"] == [["a", 5]]
+        assert json.loads(file.attrs["parameters"]) == [["a", 5]]
+        shapes = {name: (data.shape, str(data.dtype)) for name, data in file.items() if name != "subtask"}
+        assert shapes == {
+            "gradients": ((N, K // 8), "uint8"),
+            "norm": ((N,), "float32"),
+            "loss": ((N,), "float32"),
+            "row": ((N,), "int64"),
+            "tokens": ((N,), "int32"),
+            "done": ((N,), "uint8"),
+        }
+        assert file["done"][:].tolist() == [0] * N
+
+
+def test_rows_are_marked_done_one_commit_at_a_time_and_readable_meanwhile(tmp_path):
+    path = made(tmp_path / "g.h5")
+    with StoreWriter(path) as writer:
+        writer.write([5, 1], vectors()[[5, 1]], np.ones(2))
+        with h5py.File(path) as file:  # plain h5py, while the writer is at work
+            assert file["done"][:].tolist() == [0, 1, 0, 0, 0, 1, 0]
+            assert np.abs(file["gradients"][1]).max() > 0
+    with open_store(path) as store, pytest.raises(UsageError, match=r"5 of 7 rows are not done \(first: row 0\)"):
+        store.require_whole()
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    path = made(tmp_path / "g.h5")
+    code = f"from pathlib import Path\nfrom dataflex.gradients.store import StoreWriter\nStoreWriter(Path({str(path)!r}))"
+    with StoreWriter(path):
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "another process is writing it" in second.stderr
+    third = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (third.returncode, third.stderr) == (0, "")
+
+
+def test_a_long_parameter_list_fits(tmp_path):
+    parameters = [[f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight", 4096] for i in range(3000)]
+    create_store(
+        tmp_path / "g.h5",
+        manifest={"store_dtype": "float16", "proj_dim": 8, "parameters": parameters, "datasets": []},
+        row=np.arange(2),
+        tokens=np.arange(2),
+        subtask=None,
+    )
+    with open_store(tmp_path / "g.h5") as store:
+        assert store.manifest["parameters"] == parameters
+        assert store.subtask is None
+
+
+@pytest.mark.parametrize("content", [b"", b"no HDF5", None])
+def test_what_is_no_store_is_refused(tmp_path, content):
+    path = tmp_path / "g.h5"
+    if content is None:
+        with h5py.File(path, "w") as file:
+            file["other"] = np.arange(3)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"g\.h5"):
+        open_store(path)
+    with pytest.raises(UsageError, match="no such file"):
+        open_store(tmp_path / "missing.h5")
+
+
+def test_nothing_is_left_when_a_store_cannot_be_made(tmp_path):
+    with pytest.raises(TypeError):
+        create_store(
+            tmp_path / "g.h5",
+            manifest={"store_dtype": "float16", "proj_dim": 8, "parameters": object(), "datasets": []},
+            row=np.arange(2),
+            tokens=np.arange(2),
+            subtask=None,
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_encoding_keeps_the_sign_and_the_scale_of_each_row():
+    rows = np.array([[0.6, -0.8, 0.0], [1.0, 0.0, 0.0]], dtype=np.float32)
+    assert encode_rows(rows, "int8").tolist() == [[95, -127, 0], [127, 0, 0]]
+    assert encode_rows(rows, "int1").tolist() == [[0b10100000], [0b11100000]]
+    np.testing.assert_allclose(decode_rows(encode_rows(rows, "int1"), "int1", 3)[0], np.array([1, -1, 1]) / 3**0.5)

@@ -1,0 +1,165 @@
+"""The arithmetic of scores against the plain float64 formula, and the files around it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataflex import load_config
+from dataflex.errors import UsageError
+from dataflex.gradients.store import StoreWriter, create_store
+from dataflex.influence.scores import influence, parse_weights, ranking, read_scores, round_robin, subtask_means
+from dataflex.influence.scoring import score
+
+K = 64
+
+
+def make_store(path: Path, rows: np.ndarray, *, subtask=None, rate=1e-4, dtype="float32", **changes) -> Path:
+    manifest = {
+        "store_dtype": dtype,
+        "proj_dim": rows.shape[1],
+        "parameters": [["p", 9]],
+        "datasets": [["made", 0]],
+        "data": "d",
+        "learning_rate": rate,
+        "projector": "sketch",
+        **changes,
+    }
+    create_store(path, manifest=manifest, row=np.arange(len(rows)) * 2, tokens=np.ones(len(rows)), subtask=subtask)
+    with StoreWriter(path) as writer:
+        writer.write(list(range(len(rows))), rows.astype(np.float32), np.zeros(len(rows)))
+    return path
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    rows = rows.astype(np.float64)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def plain_formula(trains, validations, subtask, weights, how) -> np.ndarray:
+    """Σ_i η̄_i · agg cos, one cosine at a time."""
+    total = np.zeros(len(trains[0]))
+    for train, validation, weight in zip(trains, validations, weights, strict=True):
+        for index, row in enumerate(unit(train)):
+            cosines = [float(row @ other) for other in unit(validation)]
+            by_subtask = {}
+            for name, cosine in zip(subtask, cosines, strict=True):
+                by_subtask.setdefault(name, []).append(cosine)
+            means = [sum(values) / len(values) for values in by_subtask.values()]
+            total[index] += weight * (max(means) if how == "max" else sum(means) / len(means))
+    return total
+
+
+@pytest.mark.parametrize("how", ["mean", "max"])
+@pytest.mark.parametrize("weights", ["lr", "uniform", "3,1"])
+def test_scores_from_stores_equal_the_plain_formula(tmp_path, how, weights):
+    random = np.random.default_rng(0)
+    trains = [random.normal(size=(50, K)) * random.uniform(1e-3, 1e3, (50, 1)) for _ in range(2)]
+    validations = [random.normal(size=(9, K)) for _ in range(2)]
+    subtask = list("aabbbcaac")
+    rates = [3e-4, 1e-4]
+    for index in range(2):
+        make_store(tmp_path / f"t{index}.h5", trains[index], rate=rates[index])
+        make_store(tmp_path / f"v{index}.h5", validations[index], subtask=subtask)
+    config = load_config(
+        options={
+            "train_stores": [str(tmp_path / "t0.h5"), str(tmp_path / "t1.h5")],
+            "eval_stores": [str(tmp_path / "v0.h5"), str(tmp_path / "v1.h5")],
+            "weights": weights,
+            "reduce": how,
+            "output": str(tmp_path / "scores.jsonl"),
+        }
+    )
+    records = [json.loads(line) for line in score(config).read_text().splitlines()]
+    eta = {"lr": [0.75, 0.25], "uniform": [0.5, 0.5], "3,1": [0.75, 0.25]}[weights]
+    np.testing.assert_allclose(
+        [record["score"] for record in records], plain_formula(trains, validations, subtask, eta, how), atol=2e-6
+    )
+    assert [record["row"] for record in records] == list(range(0, 100, 2))
+    assert set(records[0]["subtasks"]) == {"a", "b", "c"}
+    one = plain_formula(trains, [v[[2, 3, 4]] for v in validations], list("bbb"), eta, "max")
+    np.testing.assert_allclose([record["subtasks"]["b"] for record in records], one, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"proj_seed": 5}, r"proj_seed \(None against 5\)"),
+        ({"projector": "rademacher"}, r"projector \(sketch against rademacher\)"),
+        ({"adapter": "another"}, "adapter"),
+        ({"parameters": [["p", 8]]}, "parameters"),
+    ],
+)
+def test_stores_that_cannot_be_compared_are_refused(tmp_path, changes, words):
+    rows = np.eye(4, K)
+    make_store(tmp_path / "t.h5", rows)
+    make_store(tmp_path / "v.h5", rows, **changes)
+    config = load_config(
+        options={"train_stores": str(tmp_path / "t.h5"), "eval_stores": str(tmp_path / "v.h5"), "output": str(tmp_path / "s")}
+    )
+    with pytest.raises(UsageError, match=f"cannot be compared, they differ in .*{words}"):
+        score(config)
+    assert not (tmp_path / "s").exists()
+
+
+def test_checkpoints_with_different_rows_are_refused(tmp_path):
+    make_store(tmp_path / "t0.h5", np.eye(4, K))
+    make_store(tmp_path / "t1.h5", np.eye(5, K))
+    make_store(tmp_path / "v.h5", np.eye(2, K))
+    stores = {"train_stores": f"{tmp_path}/t0.h5,{tmp_path}/t1.h5", "eval_stores": f"{tmp_path}/v.h5,{tmp_path}/v.h5"}
+    with pytest.raises(UsageError, match="hold different rows"):
+        score(load_config(options={**stores, "output": str(tmp_path / "s")}))
+    with pytest.raises(UsageError, match="2 training stores and 1 validation stores"):
+        score(load_config(options={**stores, "eval_stores": f"{tmp_path}/v.h5", "output": str(tmp_path / "s")}))
+
+
+def test_weights():
+    assert parse_weights("lr", [1e-4, 3e-4]) == pytest.approx([0.25, 0.75])
+    assert parse_weights("0.6,0.4", [0, 0]) == pytest.approx([0.6, 0.4])
+    for text in ("loud", "1", "1,2,3", "-1,2", "0,0", "nan,1"):
+        with pytest.raises(UsageError, match="weights"):
+            parse_weights(text, [1e-4, 3e-4])
+    with pytest.raises(UsageError, match="learning rate is 0; use weights uniform"):
+        parse_weights("lr", [0.0, 0.0])
+
+
+def test_round_robin_takes_turns():
+    values = np.array([[0.9, 0.8, 0.7, 0.1], [0.9, 0.2, 0.3, 0.4]])
+    scores = round_robin(values)
+    # subtask 0 takes row 0; 1 finds row 0 gone and takes 3; 0 takes 1; 1 takes 2
+    assert ranking(np.arange(4), scores).tolist() == [0, 3, 1, 2]
+    total, _ = influence([values, values], [0.5, 0.5], "round-robin")
+    np.testing.assert_array_equal(total, scores)
+
+
+def test_equal_scores_keep_row_order():
+    assert ranking(np.array([9, 4, 7]), np.array([0.5, 0.5, 0.6])).tolist() == [2, 1, 0]
+
+
+def test_a_mean_of_cosines_is_a_product_with_a_mean_vector():
+    rows = unit(np.random.default_rng(1).normal(size=(5, K)))
+    names, means = subtask_means(rows.astype(np.float32), None)
+    assert names == ["all"]
+    np.testing.assert_allclose(means[0], rows.mean(axis=0), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"row": 1}', "record 2"),
+        ('{"row": -1, "score": 1}', "record 2"),
+        ('{"row": true, "score": 1}', "record 2"),
+        ('{"row": 3, "score": NaN}', "record 2"),
+        ('{"row": 0, "score": 1}', "row 0 stands twice"),
+        ("[1]", "line 2: expected an object"),
+        ("{", "line 2: not JSON"),
+    ],
+)
+def test_a_bad_score_file_names_its_line(tmp_path, line, words):
+    path = tmp_path / "scores.jsonl"
+    path.write_text('{"row": 0, "score": 0.5}\n' + line + "\n")
+    with pytest.raises(UsageError, match=words):
+        read_scores(path)

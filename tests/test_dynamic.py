@@ -1,0 +1,204 @@
+"""`dynamic` against the same numbers worked out the slow way, and what it must leave alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dataflex import dynamic, load_config, load_examples
+from dataflex.errors import UsageError
+from dataflex.model import load_adapter, load_base_model
+from dataflex.training.moments import load_moments
+from dataflex.training.schedule import dynamic_schedule, random_rows
+
+
+@pytest.fixture
+def options(tiny_model_dir: Path, data_dir: Path, tmp_path: Path) -> dict:
+    rows = json.loads((data_dir / "glaive_toolcall_en_demo.json").read_text())[-4:]
+    target = tmp_path / "target.jsonl"
+    target.write_text("".join(json.dumps({**row, "subtask": "xy"[i % 2]}) + "\n" for i, row in enumerate(rows)))
+    return {
+        "model_name_or_path": str(tiny_model_dir),
+        "dataset": "identity,alpaca_en_demo",
+        "eval_dataset": str(target),
+        "dataset_dir": str(data_dir),
+        "template": "qwen",
+        "cutoff_len": 96,
+        "max_samples": 12,
+        "lora_rank": 4,
+        "lora_dropout": 0.1,
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 2,
+        "learning_rate": 3e-3,
+        "num_train_epochs": 1.0,
+        "warmup_step": 3,
+        "update_step": 2,
+        "update_times": 2,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "token_budget": 300,
+        "proj_dim": None,
+    }
+
+
+def slow_cosines(config, checkpoint: Path) -> np.ndarray:
+    """[subtasks, rows]: each cosine from autograd on one row and a real AdamW's step, in float64."""
+    model = load_adapter(load_base_model(config, torch.float32), checkpoint, config).eval().double()
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moments = load_moments(checkpoint)
+
+    def gradient(example) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(input_ids=torch.tensor([example.input_ids]), labels=torch.tensor([example.labels])).loss.backward()
+        return {name: p.grad.clone() for name, p in names.items()}
+
+    def adam_step(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        parts = []
+        for name, value in gradients.items():
+            theta = torch.nn.Parameter(torch.zeros_like(value))
+            optimizer = torch.optim.AdamW(
+                [theta], lr=1.0, betas=(moments.beta1, moments.beta2), eps=moments.eps, weight_decay=0.0
+            )
+            key = name.replace(".default.", ".")
+            optimizer.state[theta] = {
+                "step": torch.tensor(float(moments.step)),
+                "exp_avg": moments.exp_avg[key].double(),
+                "exp_avg_sq": moments.exp_avg_sq[key].double(),
+            }
+            theta.grad = value
+            optimizer.step()
+            parts.append(-theta.detach().flatten())
+        return torch.cat(parts)
+
+    def unit(vector: torch.Tensor) -> torch.Tensor:
+        return vector / vector.norm()
+
+    validation = load_examples(config, "eval")
+    queries = [unit(torch.cat([g.flatten() for g in gradient(example).values()])) for example in validation]
+    rows = []
+    for example in load_examples(config):
+        step = unit(adam_step(gradient(example)))
+        cosines = [float(step @ query) for query in queries]
+        rows.append([np.mean([c for c, v in zip(cosines, validation, strict=True) if v.subtask == s]) for s in "xy"])
+    return np.array(rows).T
+
+
+def read_selection(folder: Path, step: int) -> list[dict]:
+    return [json.loads(line) for line in (folder / "selections" / f"step-{step}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("accumulate", [True, False])
+def test_selections_equal_the_slow_way(options, accumulate):
+    config = load_config(options={**options, "accumulate": accumulate})
+    folder = dynamic(config)
+    rows = np.array([example.row for example in load_examples(config)])
+    agg, rates = {}, {}
+    for step in (3, 5):
+        checkpoint = folder / f"checkpoint-{step}"
+        agg[step] = slow_cosines(config, checkpoint).max(axis=0)
+        rates[step] = load_moments(checkpoint).learning_rate
+    second = (rates[3] * agg[3] + rates[5] * agg[5]) / (rates[3] + rates[5]) if accumulate else agg[5]
+    for step, wanted in ((3, agg[3]), (5, second)):
+        selection = read_selection(folder, step)
+        order = np.argsort(-wanted, kind="stable")[:4]
+        assert [line["row"] for line in selection] == rows[order].tolist()
+        np.testing.assert_allclose([line["score"] for line in selection], wanted[order], atol=2e-5)
+        assert set(selection[0]["subtasks"]) == {"x", "y"}
+        assert {line["dataset"] for line in selection} <= {"identity", "alpaca_en_demo"}
+
+
+def test_stored_scores_without_projection_equal_exact_ones(options, tmp_path):
+    exact = dynamic(load_config(options=options))
+    stored = dynamic(
+        load_config(
+            options={
+                **options,
+                "proj_dim": 8,
+                "projector": "none",
+                "store_dtype": "float32",
+                "cache_dir": str(tmp_path / "cache"),
+                "output_dir": str(tmp_path / "stored"),
+            }
+        )
+    )
+    for step in (3, 5):
+        one, other = read_selection(exact, step), read_selection(stored, step)
+        assert [line["row"] for line in one] == [line["row"] for line in other]
+        np.testing.assert_allclose([line["score"] for line in one], [line["score"] for line in other], atol=1e-5)
+    assert sorted(path.name for path in (tmp_path / "cache" / "step-3").iterdir()) == ["eval.h5", "train.h5"]
+    assert not (exact / "gradients").exists()
+
+
+def test_a_selection_changes_nothing_in_the_training(options, tmp_path):
+    """Warm-up weights with selections to come equal those of a run without any, dropout included; and a run
+    whose selections are forced to be the rows of another is that other run."""
+    selecting = dynamic(load_config(options=options))
+    plain = dynamic(load_config(options={**options, "update_times": 0, "max_steps": 3, "output_dir": str(tmp_path / "p")}))
+    first, second = (load_file(f / "checkpoint-3" / "adapter_model.safetensors") for f in (selecting, plain))
+    assert first.keys() == second.keys()
+    # the learning rate's horizon differs between the two runs, so only the first step can be compared bit by bit
+    first, second = (load_file(f / "checkpoint-1" / "adapter_model.safetensors") for f in (selecting, plain))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    # selecting exactly or by a sketch picks rows by different passes; where the picks agree, so do the weights, bit by bit
+    again = dynamic(load_config(options={**options, "token_budget": 1000, "output_dir": str(tmp_path / "again")}))
+    assert [line["row"] for line in read_selection(again, 3)] == [line["row"] for line in read_selection(selecting, 3)]
+    first, second = (load_file(f / "checkpoint-5" / "adapter_model.safetensors") for f in (selecting, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_run_is_on_record(options):
+    folder = dynamic(load_config(options={**options, "plot_loss": True}))
+    run = json.loads((folder / "run.json").read_text())
+    assert run["steps"] == 7
+    assert [one["step"] for one in run["selections"]] == [3, 5]
+    assert sum(run["selections"][0]["picked"].values()) == 4
+    assert run["pool"] == {"identity": 12, "alpaca_en_demo": 12}
+    assert run["eval_loss"]["after"] < run["eval_loss"]["before"]
+    assert (folder / "training_loss.png").read_bytes().startswith(b"\x89PNG")
+    assert dynamic_schedule(load_config(folder / "config.yaml")).total_steps == 7
+    with pytest.raises(UsageError, match="is not empty; give --overwrite"):
+        dynamic(load_config(options=options))
+
+
+def test_a_selection_larger_than_the_data_is_refused_before_anything_is_written(options, tmp_path):
+    with pytest.raises(UsageError, match="each selection takes 40 rows .* but the dataset has 24"):
+        dynamic(load_config(options={**options, "update_step": 20}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_random_selection_is_random_but_repeatable(options, tmp_path):
+    picks = []
+    for number in range(2):
+        config = load_config(options={**options, "component_name": "random", "output_dir": str(tmp_path / str(number))})
+        picks.append([line["row"] for line in read_selection(dynamic(config), 3)])
+    assert picks[0] == picks[1]
+    assert len(set(picks[0])) == 4
+
+
+def test_the_planted_target_is_found(options, data_dir, tmp_path):
+    """Rows like the target among rows of the same format that are not: they fill the selection. With a target
+    that has nothing to do with them, they do not."""
+    planted = [{"instruction": f"Name colour {i}", "input": "", "output": f"blue green red {i}"} for i in range(8)]
+    other = [{"instruction": f"Count to {i}", "input": "", "output": f"{i} one two three {i}"} for i in range(40)]
+    pool, right, wrong = tmp_path / "pool.jsonl", tmp_path / "right.jsonl", tmp_path / "wrong.jsonl"
+    pool.write_text("".join(json.dumps(row) + "\n" for row in other[:20] + planted[:4] + other[20:]))
+    right.write_text("".join(json.dumps(row) + "\n" for row in planted[4:]))
+    wrong.write_text("".join(json.dumps(row) + "\n" for row in other[36:]))
+    shares = []
+    for name, target in (("right", right), ("wrong", wrong)):
+        settings = {"dataset": str(pool), "eval_dataset": str(target), "max_samples": 100, "output_dir": str(tmp_path / name)}
+        selection = read_selection(dynamic(load_config(options={**options, **settings, "proj_dim": 2048})), 3)
+        shares.append(sum(20 <= line["row"] < 24 for line in selection))
+    assert shares[0] >= 3
+    assert shares[1] <= 1
+
+
+def test_random_rows_are_those_the_schedule_names(options):
+    config = load_config(options=options)
+    assert random_rows(0, 2, 24, config.seed) != random_rows(1, 2, 24, config.seed)

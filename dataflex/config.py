@@ -106,6 +106,12 @@ class RunConfig(BaseModel):
     """Supervise prompts as well as responses."""
     mask_history: bool = False
     """Supervise the last response of a conversation only."""
+    enable_thinking: bool | None = True
+    """For templates with thoughts: learn an empty thought where there is none. null prompts it; false drops all thoughts."""
+    preserve_thinking: bool = False
+    """With mask_history, keep the thoughts of earlier responses, which are taken out otherwise."""
+    val_size: Annotated[float, Field(ge=0)] = 0.0
+    """Hold out this share of `dataset`, or this many rows from 1 on, as validation data in place of eval_dataset."""
     overwrite_cache: bool = False
     """Tokenize again even where a cached result fits."""
     preprocessing_num_workers: PositiveInt | None = None
@@ -276,10 +282,14 @@ class RunConfig(BaseModel):
             problems.append("bf16 and fp16 exclude each other; keep one")
         if self.max_steps == 0 or self.max_steps < -1:
             problems.append(f"max_steps is {self.max_steps}; expected a positive number, or -1 for none")
+        if self.val_size and self.eval_dataset:
+            problems.append("val_size and eval_dataset exclude each other; keep one")
+        if self.val_size > 1 and self.val_size != int(self.val_size):
+            problems.append(f"val_size is {self.val_size}; expected a share below 1 or a whole number of rows")
         if len([v for v in (self.top, self.count, self.threshold) if v is not None]) > 1:
             problems.append("top, count and threshold exclude each other; keep one")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))  # a problem a line
         return self
 
     def changed(self, **changes: Any) -> RunConfig:
@@ -311,7 +321,8 @@ def require(config: RunConfig, command: str, *keys: str) -> None:
     """Raise a UsageError that names every one of `keys` that `command` needs and `config` lacks."""
     from dataflex.errors import UsageError
 
-    missing = [key for key in keys if not getattr(config, key)]
+    # held-out rows stand in for eval_dataset
+    missing = [key for key in keys if not getattr(config, key) and not (key == "eval_dataset" and config.val_size)]
     if missing:
         lines = [f"  {key}: {help_of(key)}" for key in missing]
         raise UsageError(f"{command} needs {', '.join(missing)}; set it in the YAML or as key=value:\n" + "\n".join(lines))

@@ -91,10 +91,18 @@ def load_config(
                 values[key] = _locate(values[key], folder)
 
     defaults, unused_params = _component(values, problems)
+    values = {**defaults, **values}
     try:
-        config = RunConfig.model_validate({**defaults, **values})
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
-        problems += [_describe(item) for item in error.errors()]
+        problems += _describe(error)
+        # keys are checked against each other only once each is right: leave the wrong ones out and look again
+        wrong = {item["loc"][0] for item in error.errors() if item["loc"]}
+        if wrong:
+            try:
+                RunConfig.model_validate({key: value for key, value in values.items() if key not in wrong})
+            except ValidationError as further:
+                problems += _describe(further)
     deepspeed = values.get("deepspeed")
     if isinstance(deepspeed, str) and not Path(deepspeed).is_file():
         problems.append(f"key 'deepspeed': no file {deepspeed}")
@@ -201,11 +209,15 @@ def _component(values: dict[str, Any], problems: list[str]) -> tuple[dict[str, A
     return {**params, "selector": component.get("name", name)}, unused
 
 
-def _describe(item: Any) -> str:
-    """One pydantic error as one line."""
-    key = ".".join(str(part) for part in item["loc"])
-    message = item["msg"].removeprefix("Value error, ")
-    if not key:
-        return message
-    given = repr(item["input"])
-    return f"key {key!r}: {message[0].lower()}{message[1:]}, not {given if len(given) < 80 else given[:77] + '...'}"
+def _describe(error: ValidationError) -> list[str]:
+    """What pydantic found, a line each."""
+    lines = []
+    for item in error.errors():
+        key, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
+        if not key:
+            lines += message.splitlines()
+            continue
+        given = repr(item["input"])
+        given = given if len(given) < 80 else f"{given[:77]}..."
+        lines.append(f"key {key!r}: {message[0].lower()}{message[1:]}, not {given}")
+    return lines

@@ -79,21 +79,26 @@ def check_output_file(path: str | Path, overwrite: bool) -> Path:
         raise UsageError(f"output {path} is a folder; name a file")
     if path.exists() and not overwrite:
         raise UsageError(f"output {path} exists; give --overwrite to replace it, or another name")
-    blocked = next((parent for parent in path.parents if parent.exists()), None)
-    if blocked is not None and not blocked.is_dir():
-        raise UsageError(f"output {path}: {blocked} is a file, not a folder")
+    _check_place(path.parent, f"output {path}", "output")
     return path
 
 
 def check_output_dir(path: str | Path, key: str, overwrite: bool) -> Path:
     """`path` as a folder that may be written: new, empty, or `overwrite`."""
     path = Path(path)
-    for place in (path, *path.parents):
-        if place.exists() and not place.is_dir():
-            raise UsageError(f"{key} {path}: {place} is a file, not a folder; choose another {key}")
+    _check_place(path, f"{key} {path}", key)
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise UsageError(f"{key} {path} is not empty; give --overwrite to start afresh, or another {key}")
     return path
+
+
+def _check_place(folder: Path, what: str, key: str) -> None:
+    """Raise a UsageError unless `folder` is, or can be made, a folder that may be written."""
+    nearest = next(place for place in (folder, *folder.parents) if place.exists() or place.is_symlink())
+    if not nearest.is_dir():
+        raise UsageError(f"{what}: {nearest} is not a folder; choose another {key}")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{what}: no permission to write in {nearest}; choose another {key}")
 
 
 def sha256_of(path: Path | str) -> str:

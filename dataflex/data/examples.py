@@ -14,7 +14,7 @@ from dataflex.data.chat_template import check_chat_template, encode_chat_turns
 from dataflex.data.conversations import Conversation, Unusable, to_conversation
 from dataflex.data.encoding import UNSUPERVISED, Encoded, encode_row
 from dataflex.data.records import Source, data_hash, read_records
-from dataflex.data.templates import encode_turns, find_template, prepare_tokenizer
+from dataflex.data.templates import Thinking, encode_turns, find_template, prepare_tokenizer
 from dataflex.errors import UsageError
 from dataflex.progress import SILENT, Progress
 
@@ -133,13 +133,14 @@ def row_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Callab
     elif template.efficient_eos and config.train_on_prompt:
         raise UsageError(f"template {config.template!r} cannot train_on_prompt: its turns end without a token")
     prepare_tokenizer(tokenizer, template)
+    thinking = Thinking(config.enable_thinking, last_only=config.mask_history and not config.preserve_thinking)
     efficient_eos = tokenizer.eos_token_id if template is not None and template.efficient_eos else None
 
     def encode(conversation: Conversation) -> Encoded:
         if template is None:
-            turns = encode_chat_turns(tokenizer, conversation)
+            turns = encode_chat_turns(tokenizer, conversation, config.enable_thinking)
         else:
-            turns = encode_turns(template, tokenizer, conversation)
+            turns = encode_turns(template, tokenizer, conversation, thinking)
         return encode_row(
             turns,
             config.cutoff_len,

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+CONTENT = "{{content}}"
+EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
+
 
 class Special(Enum):
     """A token that each tokenizer names for itself; left out where it has none."""
@@ -20,9 +23,6 @@ class Special(Enum):
 
 BOS, EOS = Special.BOS, Special.EOS
 Slot = tuple[str | Special, ...]
-Turn = tuple[list[int], list[int]]  # token ids of a prompt and of the response to it
-
-CONTENT = "{{content}}"
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Template:
     efficient_eos: bool = False  # turns end without a token, the row ends with eos
     tool_format: str = "default"
     system_in_user: bool = False  # the system text opens the first user turn
+    thinks: bool = False  # a response without a thought gets an empty one
 
 
 _IM_USER = "<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n"
@@ -51,6 +52,7 @@ _IM_TOOL_RESPONSE = (
 _IM_SYSTEM = "<|im_start|>system\n{{content}}<|im_end|>\n"
 _IM_ASSISTANT = "{{content}}<|im_end|>\n"
 _IM = {"user": (_IM_USER,), "assistant": (_IM_ASSISTANT,), "system": (_IM_SYSTEM,), "stop_words": ("<|im_end|>",)}
+_QWEN3 = {**_IM, "observation": (_IM_TOOL_RESPONSE,), "replace_eos": True, "tool_format": "qwen"}
 _LLAMA3_ASSISTANT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 _GEMMA = {
     "user": ("<start_of_turn>user\n{{content}}<end_of_turn>\n<start_of_turn>model\n",),
@@ -72,6 +74,8 @@ TEMPLATES: dict[str, Template] = {
         **{**_IM, "stop_words": ("<|im_end|>", "<|im_start|>")}, observation=(_IM_TOOL,), replace_eos=True
     ),
     "deepseek": Template(user=("User: {{content}}\n\nAssistant:",), system=("{{content}}\n\n",), prefix=(BOS,)),
+    "deepseek3": Template(user=("<｜User｜>{{content}}<｜Assistant｜>",), prefix=(BOS,)),
+    "deepseekr1": Template(user=("<｜User｜>{{content}}<｜Assistant｜>",), prefix=(BOS,), thinks=True),
     "default": Template(
         user=("Human: {{content}}", EOS, "\nAssistant:"),
         assistant=(CONTENT, EOS, "\n"),
@@ -81,6 +85,18 @@ TEMPLATES: dict[str, Template] = {
     "falcon": Template(user=("User: {{content}}\nFalcon:",), assistant=("{{content}}\n",), efficient_eos=True),
     "gemma": Template(**_GEMMA, stop_words=("<end_of_turn>",), replace_eos=True),
     "gemma2": Template(**_GEMMA, stop_words=("<eos>", "<end_of_turn>"), efficient_eos=True),
+    "gemma3": Template(**_GEMMA, stop_words=("<end_of_turn>",), replace_eos=True),
+    "glm4": Template(
+        user=("<|user|>\n{{content}}<|assistant|>",),
+        assistant=("\n{{content}}",),
+        system=("<|system|>\n{{content}}",),
+        function=(CONTENT,),
+        observation=("<|observation|>\n{{content}}<|assistant|>",),
+        prefix=("[gMASK]<sop>",),
+        stop_words=("<|user|>", "<|observation|>"),
+        efficient_eos=True,
+        tool_format="glm4",
+    ),
     "llama2": Template(
         user=(BOS, "[INST] {{content}} [/INST]"), system=("<<SYS>>\n{{content}}\n<</SYS>>\n\n",), system_in_user=True
     ),
@@ -111,6 +127,13 @@ TEMPLATES: dict[str, Template] = {
         stop_words=("<|end|>",),
         replace_eos=True,
     ),
+    "phi4": Template(
+        user=("<|im_start|>user<|im_sep|>{{content}}<|im_end|><|im_start|>assistant<|im_sep|>",),
+        assistant=("{{content}}<|im_end|>",),
+        system=("<|im_start|>system<|im_sep|>{{content}}<|im_end|>",),
+        stop_words=("<|im_end|>",),
+        replace_eos=True,
+    ),
     "qwen": Template(
         **_IM,
         observation=(_IM_TOOL_RESPONSE,),
@@ -118,7 +141,8 @@ TEMPLATES: dict[str, Template] = {
         replace_eos=True,
         tool_format="qwen",
     ),
-    "qwen3_nothink": Template(**_IM, observation=(_IM_TOOL_RESPONSE,), replace_eos=True, tool_format="qwen"),
+    "qwen3": Template(**_QWEN3, thinks=True),
+    "qwen3_nothink": Template(**_QWEN3),
     "smollm": Template(**_IM),
     "smollm2": Template(**_IM, default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face."),
     "vicuna": Template(

@@ -1,148 +1,38 @@
-"""Chat templates by LLaMA-Factory's names: one table, and the renderer that turns a conversation into token turns.
+"""From a conversation to token turns by a template of template_table.py: its slots filled, its parts encoded.
 
-A slot is a tuple of parts: a text in which `{{content}}` stands for the turn's content, or BOS or EOS for
-the tokenizer's own token. Each part is encoded by itself with no special tokens added, as LLaMA-Factory
-does, so the ids are the same to the last one.
+Templates of reasoning models also have rules for thoughts, the text between <think> and </think>.
 """
 
 from __future__ import annotations
 
 import difflib
 import warnings
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dataflex.data.conversations import ASSISTANT, FUNCTION, OBSERVATION, USER, Conversation
-from dataflex.data.tools import function_text, tool_prompt
+from dataflex.data.conversations import ASSISTANT, FUNCTION, OBSERVATION, RESPONSE_ROLES, USER, Conversation, Message
+from dataflex.data.template_table import CONTENT, EMPTY_THOUGHT, TEMPLATES, Slot, Template
+from dataflex.data.tools import THOUGHT, function_text, tool_prompt
 from dataflex.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
-class Special(Enum):
-    """A token that each tokenizer names for itself; left out where it has none."""
-
-    BOS = "bos_token_id"
-    EOS = "eos_token_id"
-
-
-BOS, EOS = Special.BOS, Special.EOS
-Slot = tuple[str | Special, ...]
 Turn = tuple[list[int], list[int]]  # token ids of a prompt and of the response to it
-
-CONTENT = "{{content}}"
 
 
 @dataclass(frozen=True)
-class Template:
-    """The wording of a chat. `function` words a turn's calls in `tool_format`, which also words the tools on offer."""
+class Thinking:
+    """What a template that `thinks` does with thoughts, as LLaMA-Factory's enable_thinking and mask_history say.
 
-    user: Slot = (CONTENT,)
-    assistant: Slot = (CONTENT, EOS)
-    system: Slot = (CONTENT,)
-    function: Slot | None = None  # as assistant
-    observation: Slot | None = None  # as user
-    prefix: Slot = ()
-    default_system: str = ""
-    stop_words: tuple[str, ...] = ()
-    replace_eos: bool = False  # the first stop word becomes the tokenizer's eos
-    efficient_eos: bool = False  # turns end without a token, the row ends with eos
-    tool_format: str = "default"
-    system_in_user: bool = False  # the system text opens the first user turn
+    `enabled`: True learns the empty thought of a response that has none, None and False put it into the prompt,
+    and False takes every thought out. `last_only` does both to the last response alone: the others' thoughts
+    are taken out and none is put in.
+    """
 
-
-_IM_USER = "<|im_start|>user\n{{content}}<|im_end|>\n<|im_start|>assistant\n"
-_IM_TOOL = "<|im_start|>tool\n{{content}}<|im_end|>\n<|im_start|>assistant\n"
-_IM_TOOL_RESPONSE = (
-    "<|im_start|>user\n<tool_response>\n{{content}}\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
-)
-_IM_SYSTEM = "<|im_start|>system\n{{content}}<|im_end|>\n"
-_IM_ASSISTANT = "{{content}}<|im_end|>\n"
-_IM = {"user": (_IM_USER,), "assistant": (_IM_ASSISTANT,), "system": (_IM_SYSTEM,), "stop_words": ("<|im_end|>",)}
-_LLAMA3_ASSISTANT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-_GEMMA = {
-    "user": ("<start_of_turn>user\n{{content}}<end_of_turn>\n<start_of_turn>model\n",),
-    "assistant": ("{{content}}<end_of_turn>\n",),
-    "system": ("{{content}}\n\n",),
-    "observation": ("<start_of_turn>tool\n{{content}}<end_of_turn>\n<start_of_turn>model\n",),
-    "prefix": (BOS,),
-    "system_in_user": True,
-}
-
-TEMPLATES: dict[str, Template] = {
-    "alpaca": Template(
-        user=("### Instruction:\n{{content}}\n\n### Response:\n",),
-        assistant=(CONTENT, EOS, "\n\n"),
-        default_system="Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.\n\n",
-    ),
-    "chatml": Template(
-        **{**_IM, "stop_words": ("<|im_end|>", "<|im_start|>")}, observation=(_IM_TOOL,), replace_eos=True
-    ),
-    "deepseek": Template(user=("User: {{content}}\n\nAssistant:",), system=("{{content}}\n\n",), prefix=(BOS,)),
-    "default": Template(
-        user=("Human: {{content}}", EOS, "\nAssistant:"),
-        assistant=(CONTENT, EOS, "\n"),
-        system=("System: {{content}}", EOS, "\n"),
-    ),
-    "empty": Template(assistant=(CONTENT,)),
-    "falcon": Template(user=("User: {{content}}\nFalcon:",), assistant=("{{content}}\n",), efficient_eos=True),
-    "gemma": Template(**_GEMMA, stop_words=("<end_of_turn>",), replace_eos=True),
-    "gemma2": Template(**_GEMMA, stop_words=("<eos>", "<end_of_turn>"), efficient_eos=True),
-    "llama2": Template(
-        user=(BOS, "[INST] {{content}} [/INST]"), system=("<<SYS>>\n{{content}}\n<</SYS>>\n\n",), system_in_user=True
-    ),
-    "llama3": Template(
-        user=("<|start_header_id|>user<|end_header_id|>\n\n{{content}}<|eot_id|>" + _LLAMA3_ASSISTANT,),
-        assistant=("{{content}}<|eot_id|>",),
-        system=("<|start_header_id|>system<|end_header_id|>\n\n{{content}}<|eot_id|>",),
-        observation=("<|start_header_id|>ipython<|end_header_id|>\n\n{{content}}<|eot_id|>" + _LLAMA3_ASSISTANT,),
-        prefix=(BOS,),
-        stop_words=("<|eot_id|>", "<|eom_id|>"),
-        replace_eos=True,
-        tool_format="llama3",
-    ),
-    "mistral": Template(
-        user=("[INST] {{content}}[/INST]",),
-        assistant=(" {{content}}", EOS),
-        system=("{{content}}\n\n",),
-        function=("[TOOL_CALLS] {{content}}", EOS),
-        observation=('[TOOL_RESULTS] {"content": {{content}}}[/TOOL_RESULTS]',),
-        prefix=(BOS,),
-        tool_format="mistral",
-        system_in_user=True,
-    ),
-    "phi": Template(
-        user=("<|user|>\n{{content}}<|end|>\n<|assistant|>\n",),
-        assistant=("{{content}}<|end|>\n",),
-        system=("<|system|>\n{{content}}<|end|>\n",),
-        stop_words=("<|end|>",),
-        replace_eos=True,
-    ),
-    "qwen": Template(
-        **_IM,
-        observation=(_IM_TOOL_RESPONSE,),
-        default_system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-        replace_eos=True,
-        tool_format="qwen",
-    ),
-    "qwen3_nothink": Template(**_IM, observation=(_IM_TOOL_RESPONSE,), replace_eos=True, tool_format="qwen"),
-    "smollm": Template(**_IM),
-    "smollm2": Template(**_IM, default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face."),
-    "vicuna": Template(
-        user=("USER: {{content}} ASSISTANT:",),
-        default_system="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
-    ),
-    "yi": Template(**_IM),
-    "zephyr": Template(
-        user=("<|user|>\n{{content}}", EOS, "<|assistant|>\n"),
-        system=("<|system|>\n{{content}}", EOS),
-        default_system="You are Zephyr, a helpful assistant.",
-    ),
-}
+    enabled: bool | None = True
+    last_only: bool = False
 
 
 def find_template(name: str) -> Template:
@@ -182,14 +72,20 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template | N
         )
 
 
-def encode_turns(template: Template, tokenizer: PreTrainedTokenizerBase, conversation: Conversation) -> list[Turn]:
+def encode_turns(
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    thinking: Thinking = Thinking(),
+) -> list[Turn]:
     """Token ids of each (prompt, response) of a conversation; the first prompt opens with prefix and system text.
 
     Raises:
         Unusable: tools or function calls that cannot be worded.
     """
+    messages = _with_fewer_thoughts(conversation.messages, thinking) if template.thinks else conversation.messages
     encoded = []
-    for place, message in enumerate(conversation.messages):
+    for place, message in enumerate(messages):
         opening: Slot = ()
         content = message.content
         if place == 0:
@@ -199,7 +95,32 @@ def encode_turns(template: Template, tokenizer: PreTrainedTokenizerBase, convers
             else:
                 opening = template.prefix + system
         encoded.append(_encode(tokenizer, opening + _worded(template, message.role, content)))
+    if template.thinks:
+        _add_empty_thoughts(tokenizer, messages, encoded, thinking)
     return list(zip(encoded[::2], encoded[1::2], strict=True))
+
+
+def _with_fewer_thoughts(messages: Sequence[Message], thinking: Thinking) -> list[Message]:
+    last = len(messages) - 1
+    return [
+        replace(message, content=THOUGHT.sub("", message.content).lstrip("\n"))
+        if message.role in RESPONSE_ROLES and (thinking.enabled is False or (thinking.last_only and place < last))
+        else message
+        for place, message in enumerate(messages)
+    ]
+
+
+def _add_empty_thoughts(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], encoded: list[list[int]], thinking: Thinking
+) -> None:
+    thought = tokenizer.encode(EMPTY_THOUGHT, add_special_tokens=False)
+    for place in range(len(messages) - 1 if thinking.last_only else 1, len(messages), 2):
+        if "<think>" in messages[place].content or "</think>" in messages[place].content:
+            continue
+        if thinking.enabled:
+            encoded[place] = thought + encoded[place]
+        else:
+            encoded[place - 1] = encoded[place - 1] + thought
 
 
 def _set_eos(tokenizer: PreTrainedTokenizerBase, token: str) -> None:

@@ -26,6 +26,10 @@ _LLAMA3_PROMPT = (
     'Respond in the format {{"name": function name, "parameters": dictionary of argument name and its value}}. '
     "Do not use variables.\n\n{tools}"
 )
+_GLM4_PROMPT = (
+    "你是一个名为 ChatGLM 的人工智能助手。你是基于智谱 AI 公司训练的语言模型 GLM-4 模型开发的，"
+    "你的任务是针对用户的问题和要求提供适当的答复和支持。\n\n# 可用工具{tools}"
+)
 _QWEN_PROMPT = (
     "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>{tools}"
@@ -35,7 +39,7 @@ _QWEN_PROMPT = (
 )
 
 # A function turn may say something before its call: a thought, or anything around a tagged call.
-_THOUGHT = re.compile(r"<think>\n(.*?)\n</think>\n\n", re.DOTALL)
+THOUGHT = re.compile(r"<think>\n(.*?)\n</think>\n\n", re.DOTALL)
 _TAGGED_CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 
@@ -87,7 +91,7 @@ def split_remarks(content: str) -> tuple[str, str]:
     """A function turn as (what it says beside the call, the call's JSON)."""
     if tagged := _TAGGED_CALL.search(content):
         return content.replace(tagged.group(0), ""), tagged.group(1)
-    if thought := _THOUGHT.search(content):
+    if thought := THOUGHT.search(content):
         return thought.group(0), content.replace(thought.group(0), "")
     return "", content
 
@@ -116,8 +120,12 @@ def _wrapped(tool: dict[str, Any]) -> dict[str, Any]:
     return tool if tool.get("type") == "function" else {"type": "function", "function": tool}
 
 
+def _bare(tool: dict[str, Any]) -> dict[str, Any]:
+    return tool["function"] if tool.get("type") == "function" else tool
+
+
 def _default_prompt(tools: list[dict[str, Any]]) -> str:
-    functions = [tool["function"] if tool.get("type") == "function" else tool for tool in tools]
+    functions = [_bare(tool) for tool in tools]
     names = ", ".join(function["name"] for function in functions)
     return _DEFAULT_PROMPT.format(tools="".join(map(_described, functions)), names=names)
 
@@ -137,6 +145,20 @@ def _described(function: dict[str, Any]) -> str:
 
 def _default_calls(calls: list[Call]) -> str:
     return "\n".join(f"Action: {call.name}\nAction Input: {_dumps(call.arguments)}" for call in calls)
+
+
+def _glm4_prompt(tools: list[dict[str, Any]]) -> str:
+    texts = [
+        f"\n\n## {tool['name']}\n\n{_dumps(tool, indent=4)}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
+        for tool in map(_bare, tools)
+    ]
+    return _GLM4_PROMPT.format(tools="".join(texts))
+
+
+def _glm4_calls(calls: list[Call]) -> str:
+    if len(calls) != 1:
+        raise Unusable("glm4 words one function call a turn")
+    return f"{calls[0].name}\n{_dumps(calls[0].arguments)}"
 
 
 def _qwen_prompt(tools: list[dict[str, Any]]) -> str:
@@ -176,6 +198,7 @@ class ToolFormat:
 
 TOOL_FORMATS = {
     "default": ToolFormat(_default_prompt, _default_calls),
+    "glm4": ToolFormat(_glm4_prompt, _glm4_calls),
     "llama3": ToolFormat(_llama3_prompt, _llama3_calls),
     "mistral": ToolFormat(_mistral_prompt, _mistral_calls),
     "qwen": ToolFormat(_qwen_prompt, _qwen_calls),

@@ -36,12 +36,13 @@ def adam_direction(
         gradient: [rows, size] float32.
         exp_avg, exp_avg_sq: [size], the moments after `step` steps.
     """
-    numerator = torch.lerp(gradient, exp_avg, beta1)
-    variance = (gradient * gradient).mul_(1 - beta2).add_(exp_avg_sq, alpha=beta2)
-    if formula == "torch":
-        time = step + 1
-        denominator = variance.div_(1 - beta2**time).sqrt_().add_(eps).mul_(1 - beta1**time)
-    elif formula == "dataflex":
+    time = step + 1
+    correction1, correction2 = (1 - beta1**time, 1 - beta2**time) if formula == "torch" else (1.0, 1.0)
+    # the [size] parts are scaled first: five passes over [rows, size] are then enough
+    numerator = torch.add(exp_avg * (beta1 / correction1), gradient, alpha=(1 - beta1) / correction1)
+    second = exp_avg_sq * (beta2 / correction2)
+    variance = torch.addcmul(second, gradient, gradient, value=(1 - beta2) / correction2)
+    if formula in ("torch", "dataflex"):
         denominator = variance.sqrt_().add_(eps)
     elif formula == "less":
         denominator = variance.add_(eps).sqrt_()

@@ -22,7 +22,7 @@ from dataflex.data.records import read_records
 
 FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = json.loads(gzip.decompress((FIXTURES / "llamafactory-0.9.5.json.gz").read_bytes()))
-POOL = ("history", "turns", "chat")
+POOL = ("history", "turns", "chat", "thoughts")
 TEMPLATES = sorted({case["template"] for case in REFERENCE["cases"]}, key=str)
 
 
@@ -42,8 +42,8 @@ def folder_of(case: dict, data_dir: Path) -> Path:
 
 def encoded_rows(case: dict, data_dir: Path, tokenizer) -> Iterator[list[list[int]] | None]:
     """What this project makes of a case's rows; None for a row it drops."""
-    keys = ("template", "cutoff_len", "mask_history", "train_on_prompt")
-    encode = row_encoder(RunConfig(**{key: case[key] for key in keys}), tokenizer)
+    settings = {key: value for key, value in case.items() if key not in ("dataset", "rows", "full")}
+    encode = row_encoder(RunConfig(**settings), tokenizer)
     (source,) = find_sources([case["dataset"]], folder_of(case, data_dir))
     for record in read_records(source)[: len(case["rows"])]:
         try:
@@ -81,6 +81,13 @@ def test_the_reference_covers_what_it_should() -> None:
         if len(case["rows"]) == 40 and None not in case["rows"]
     }
     assert len(settings) == 3 * 4 * 3 * 2 * 2
+    thoughts = [case for case in REFERENCE["cases"] if (case["template"], case["dataset"]) == ("qwen3", "thoughts")]
+    assert len(thoughts) == 2 * 2 * 2 * 3 * 2
+    assert None not in thoughts[0]["rows"]
+    whole = [
+        case for case in thoughts if case["cutoff_len"] == 2048 and case["mask_history"] and not case["train_on_prompt"]
+    ]
+    assert len({tuple(case["rows"]) for case in whole}) == 3 * 2
 
 
 def test_a_shift_of_the_mask_by_one_token_would_show(data_dir: Path, tokenizer) -> None:

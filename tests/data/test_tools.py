@@ -15,6 +15,7 @@ def test_calls_in_each_format() -> None:
     texts = {name: function_text(name, CALL, with_remarks=True) for name in TOOL_FORMATS}
     assert texts == {
         "default": 'Action: clock\nAction Input: {"zone": "Köln"}',
+        "glm4": 'clock\n{"zone": "Köln"}',
         "llama3": '{"name": "clock", "parameters": {"zone": "Köln"}}',
         "mistral": '[{"name": "clock", "arguments": {"zone": "Köln"}}]',
         "qwen": '<tool_call>\n{"name": "clock", "arguments": {"zone": "Köln"}}\n</tool_call>',
@@ -32,6 +33,12 @@ def test_prompts_name_the_tool_and_an_empty_list_says_nothing(name: str) -> None
 
 def test_a_thought_stays_before_the_call() -> None:
     assert function_text("llama3", "<think>\nhm\n</think>\n\n" + CALL, with_remarks=True).startswith("<think>\nhm")
+
+
+@pytest.mark.parametrize("calls", [f"[{CALL}, {CALL}]", "[]"])
+def test_glm4_words_one_call(calls: str) -> None:
+    with pytest.raises(Unusable, match="one function call"):
+        function_text("glm4", calls, with_remarks=True)
 
 
 @pytest.mark.parametrize("tools", ["not json", '{"name": "x"}', "[1]", "3", '[{"name": "x"}]', '[{"parameters": 1}]'])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from dataflex.commands import dynamic, grads, merge, score, select, train, warmup
+from dataflex.commands import dynamic, grads, inspect, merge, score, select, train, warmup
 
 app = typer.Typer(
     name="dataflex",
@@ -25,6 +25,7 @@ app.command(epilog=score.EXAMPLE)(score.score)
 app.command(epilog=select.EXAMPLE)(select.select)
 app.command(epilog=train.EXAMPLE)(train.train)
 app.command(epilog=merge.EXAMPLE)(merge.merge)
+app.command(epilog=inspect.EXAMPLE)(inspect.inspect)
 
 
 def main() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Task as RichTask
@@ -62,6 +64,7 @@ class Console:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        self.out = sys.stdout  # the session sends what libraries print there to stderr, so keep hold of it
         self.err = RichConsole(stderr=True, quiet=quiet, highlight=False)
         self._progress: Progress | None = None
 
@@ -101,7 +104,7 @@ class Console:
 
     def say(self, message: str) -> None:
         """A line of the log."""
-        self.err.print(message, style="dim", markup=False)
+        self.err.print(message, style="dim", markup=False, soft_wrap=True)
 
     def warning(self, message: str) -> None:
         self.err.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
@@ -111,19 +114,38 @@ class Console:
         RichConsole(stderr=True, highlight=False).print(f"error: {message}", style="red", markup=False, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """A small table; numbers stand right."""
-        table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-        for index, name in enumerate(columns):
+        """A small table under a title; numbers stand right. Without `columns` it has no head."""
+        table = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            header_style="dim",
+            box=box.SIMPLE_HEAD,
+            show_header=bool(columns),
+            pad_edge=False,
+        )
+        for index in range(len(rows[0]) if rows else len(columns)):
             numeric = all(isinstance(row[index], (int, float)) for row in rows)
-            table.add_column(name, justify="right" if numeric else "left", overflow="fold")
+            heading = columns[index] if columns else ""
+            table.add_column(heading, justify="right" if numeric and columns else "left", overflow="fold")
         for row in rows:
-            table.add_row(*[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row])
+            table.add_row(*[Text(_shown(value)) for value in row])
         self.err.print(table)
+
+    def facts(self, title: str, facts: Mapping[str, Any]) -> None:
+        """Names and values under a title."""
+        self.table(title, [], list(facts.items()))
 
     def result(self, paths: Sequence[Any], facts: dict[str, Any]) -> None:
         """The result: one path a line, or `facts` as one JSON object."""
-        if self.as_json:
-            print(json.dumps(facts, ensure_ascii=False))
-        else:
-            for path in paths:
-                print(path)
+        lines = [json.dumps(facts, ensure_ascii=False)] if self.as_json else paths
+        for line in lines:
+            print(line, file=self.out, flush=True)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_shown, value))
+    return str(value)

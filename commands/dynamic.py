@@ -11,6 +11,7 @@ from dataflex.commands.console import Console
 from dataflex.commands.planned import show_plan
 
 EXAMPLE = "Example: dataflex dynamic examples/demo.yaml --dry-run"
+MOST_SHOWN = 12  # selections in the closing table; all of them are in run.json
 
 
 def dynamic(
@@ -32,7 +33,11 @@ def dynamic(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Fine-tune on rows selected during training: random rows first, then select, train, select again."""
+    """Fine-tune on random rows first, then on rows that are selected as training goes on.
+
+    Every update_step optimizer steps the rows that help the validation data most are picked anew; each
+    selection is kept in output_dir/selections.
+    """
     options = {
         "model_name_or_path": model,
         "dataset": dataset,
@@ -61,28 +66,26 @@ def dynamic(
 
 def _show(console: Console, folder: Path, run: dict[str, Any]) -> None:
     """The closing tables: what was picked, what it did, where it is."""
-    pool, total = run["pool"], run["rows"]
-    columns = ["dataset", "in the pool", *[f"picked at step {one['step']}" for one in run["selections"]]]
-    rows = [
-        [
-            name,
-            _share(pool[name], total),
-            *[_share(one["picked"][name], one["rows"]) for one in run["selections"]],
-        ]
-        for name in pool
-    ]
-    console.table("What was picked", columns, rows)
-    before, after = run["eval_loss"]["before"], run["eval_loss"]["after"]
-    console.table(
+    pool, made = run["pool"], run["selections"]
+    rows = [["the pool", run["rows"], *[_share(count, run["rows"]) for count in pool.values()]]]
+    for one in made if len(made) <= MOST_SHOWN else [*made[: MOST_SHOWN - 1], made[-1]]:
+        rows.append(
+            [f"picked at step {one['step']}", one["rows"], *[_share(one["picked"][name], one["rows"]) for name in pool]]
+        )
+    if len(made) > MOST_SHOWN:
+        rows.insert(-1, [f"… {len(made) - MOST_SHOWN} more", "", *["" for _ in pool]])
+    console.table("What was picked", ["", "rows", *pool], rows)
+    console.facts(
         "The run",
-        ["", "value"],
-        [
-            ["optimizer steps", f"{run['steps']} × {run['rows_per_step']} rows"],
-            ["selections", f"{len(run['selections'])} (selections/step-*.jsonl)"],
-            [f"loss on {run['eval_rows']} eval rows", f"{before:.4f} before, {after:.4f} after"],
-            ["seconds", ", ".join(f"{name} {value:.0f}" for name, value in run["seconds"].items())],
-            ["adapter, logs, checkpoints", str(folder)],
-        ],
+        {
+            "optimizer steps": f"{run['steps']} of {run['rows_per_step']} rows",
+            "selections": f"{len(made)}, listed in {folder}/selections/",
+            f"loss on {run['eval_rows']} eval rows": "{before:.4f} before, {after:.4f} after".format(
+                **run["eval_loss"]
+            ),
+            "seconds": ", ".join(f"{name} {value:.0f}" for name, value in run["seconds"].items()),
+            "adapter, logs, checkpoints": f"{folder}/",
+        },
     )
 
 

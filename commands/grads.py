@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataflex.commands import session as s
 from dataflex.commands.planned import show_plan
 
-EXAMPLE = (
-    "Example: dataflex grads examples/pipeline.yaml --checkpoint saves/warmup/checkpoint-8 -o saves/train.h5"
-)
+EXAMPLE = "Example: dataflex grads examples/pipeline.yaml --checkpoint saves/warmup/checkpoint-8 -o saves/train.h5"
 
 Split = s.option(str, "split", "--split")
 
@@ -65,10 +63,10 @@ def grads(
             facts = {
                 "rows": len(store),
                 "dimensions": store.dim,
-                "mean loss": float(store.loss.mean()),
-                "checkpoint step": store.manifest["step"],
+                "mean_loss": float(store.loss.mean()),
+                "checkpoint_step": store.manifest["step"],
                 "direction": store.manifest["gradient_type"],
-                "size": f"{path.stat().st_size / 1e6:.1f} MB",
+                "bytes": path.stat().st_size,
             }
-        session.console.table(str(path), ["", "value"], [[key, str(value)] for key, value in facts.items()])
+        session.console.facts(str(path), {key.replace("_", " "): value for key, value in facts.items()})
         session.console.result([path], {"command": "grads", "output": str(path), **facts})

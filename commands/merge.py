@@ -18,7 +18,10 @@ def merge(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Fold LoRA adapters into their base model and save a whole model that transformers loads."""
+    """Fold LoRA adapters into their base model and save a whole model.
+
+    Plain transformers, vLLM and Ollama load it. Several adapters, by comma, are merged one after the other.
+    """
     options = {
         "model_name_or_path": model,
         "adapter_name_or_path": adapter,
@@ -31,4 +34,5 @@ def merge(
         import dataflex
 
         folder = dataflex.merge(session.config, session.console)
-        session.console.result([folder], {"command": "merge", "export_dir": str(folder)})
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        session.console.result([folder], {"command": "merge", "export_dir": str(folder), "bytes": size})

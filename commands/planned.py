@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from rich.text import Text
+
+from dataflex.commands.console import Console
 from dataflex.commands.session import Session
 
 
@@ -15,26 +19,55 @@ def show_plan(session: Session, command: str) -> None:
     console = session.console
     found = plan(session.config, command, console)
     set_keys = sorted(session.config.model_fields_set)
-    console.table(f"{command}: configuration", ["key", "value"], [[key, getattr(session.config, key)] for key in set_keys])
+    console.facts(f"{command}: what is set", {key: getattr(session.config, key) for key in set_keys})
     if found.schedule:
-        rows = [[key.replace("_", " "), _text(value)] for key, value in found.schedule.items()]
-        console.table("schedule", ["", "value"], rows)
+        console.facts("schedule", {key.replace("_", " "): _text(value) for key, value in found.schedule.items()})
     if found.data:
-        columns = ["split", "rows", "kept", "dropped", "truncated", "lost end", "tokens", "longest"]
-        console.table(
-            "data",
-            columns,
-            [
-                [name, d["rows"], d["kept"], _text(d["dropped"]), d["truncated"], d["lost_end"], d["tokens"], d["longest"]]
-                for name, d in found.data.items()
-            ],
-        )
+        show_data(console, found.data)
     if found.sizes:
-        console.table("sizes", ["", "value"], [[k.replace("_", " "), _size(k, v)] for k, v in found.sizes.items()])
+        console.facts("sizes, about", {_named(key): _size(key, value) for key, value in found.sizes.items()})
     for reason in found.unknown:
         console.warning(f"not known: {reason}")
     console.say("dry run: nothing was written")
     console.result([_in_words(command, found.schedule)], {"command": command, "dry_run": True, **asdict(found)})
+
+
+def show_data(console: Console, splits: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print each split's numbers, the reasons of its dropped rows, and its first row, what is learned in colour."""
+    columns = {name: _numbers(data) for name, data in splits.items()}
+    names = next(iter(columns.values()))
+    rows = [[name, *[column[name] for column in columns.values()]] for name in names]
+    console.table("data", ["", *columns], rows)
+    reasons = [
+        [name, count, data["first_dropped"][reason], reason]
+        for name, data in splits.items()
+        for reason, count in data["dropped"].items()
+    ]
+    if reasons:
+        console.table("rows that cannot be used", ["split", "rows", "first row", "reason"], reasons)
+    for name, data in splits.items():
+        _show_example(console, name, data["example"])
+
+
+def _numbers(data: Mapping[str, Any]) -> dict[str, int]:
+    keys = ("rows", "kept", "truncated", "lost_end", "tokens", "supervised_tokens")
+    return {
+        **{key.replace("_", " "): data[key] for key in keys},
+        **{f"length {name}": length for name, length in data["lengths"].items()},
+        "dropped": sum(data["dropped"].values()),
+    }
+
+
+def _show_example(console: Console, name: str, example: Mapping[str, Any]) -> None:
+    """The text of a row. Without colours, brackets tell what is learned."""
+    coloured = console.err.is_terminal and console.err.color_system is not None
+    legend = "green is learned" if coloured else "⟦…⟧ is learned"
+    console.err.print(f"{name}: row {example['row']} of {example['dataset']}; {legend}", style="bold", markup=False)
+    text = Text()
+    for span in example["spans"]:
+        shown = span["text"] if coloured or not span["supervised"] else f"⟦{span['text']}⟧"
+        text.append(shown, style="green" if span["supervised"] else "dim")
+    console.err.print(text, soft_wrap=True)
 
 
 def _in_words(command: str, schedule: dict[str, Any]) -> str:
@@ -44,7 +77,7 @@ def _in_words(command: str, schedule: dict[str, Any]) -> str:
         parts.append(f"{schedule['steps']} steps of {schedule['rows_per_step']} rows")
     if "selections" in schedule:
         parts.append(f"selections of {schedule['rows_per_selection']} rows at {_text(schedule['selections'])}")
-    return ": ".join([parts[0], ", ".join(parts[1:])]) if parts[1:] else f"{command}: nothing to schedule"
+    return ": ".join([parts[0], ", ".join(parts[1:])]) if parts[1:] else f"{command}: ready to run"
 
 
 def _text(value: object) -> str:
@@ -56,7 +89,14 @@ def _text(value: object) -> str:
     return str(value)
 
 
+def _named(key: str) -> str:
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
 def _size(key: str, value: int) -> str:
     if not key.endswith("bytes"):
         return f"{value:,}"
-    return f"about {value / 1e9:.2f} GB" if value >= 1e8 else f"about {value / 1e6:.1f} MB"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value} bytes"

@@ -28,7 +28,10 @@ def select(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Write the best-scored rows of a dataset as a JSONL file that any trainer reads, best first."""
+    """Write the best-scored rows of a dataset as JSONL, best first.
+
+    Any trainer that reads the dataset's format reads the file. Give one of --top, --count and --threshold.
+    """
     options = {
         "scores": scores,
         "data": data,

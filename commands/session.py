@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import dataflex
 from dataflex.commands.console import Console
 from dataflex.config import help_of
 from dataflex.errors import DataflexError
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
 
 Arguments = Annotated[
     list[str] | None,
-    typer.Argument(metavar="CONFIG.yaml key=value", help="A YAML file, then keys that win over it.", show_default=False),
+    typer.Argument(
+        metavar="CONFIG.yaml key=value", help="A YAML file, then keys that win over it.", show_default=False
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and show what would be done; touch nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -70,18 +75,33 @@ def _terminate(number: int, frame: Any) -> None:
 
 
 @contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM as an exception while the block runs. Only the main thread may set a handler, and is the one it is
+    called in; elsewhere the caller's own handling holds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+@contextlib.contextmanager
 def session(arguments: list[str] | None, options: dict[str, Any], *, as_json: bool, quiet: bool) -> Iterator[Session]:
     """Load the configuration, run the block, and turn whatever goes wrong into one message and an exit code."""
     from dataflex.config_file import load_config
 
     console = Console(as_json=as_json, quiet=quiet)
     debug = os.environ.get("DATAFLEX_DEBUG") == "1"
-    signal.signal(signal.SIGTERM, _terminate)
-    _quieten_libraries(console, debug)
     try:
+        _quieten_libraries(debug)
         path, overrides = _split_arguments(arguments or [])
-        given = {key: value for key, value in options.items() if value not in (None, False, [])}
-        yield Session(load_config(path, overrides, given), console)
+        # by identity: 0 is a value that was given, and equal to False
+        given = {key: value for key, value in options.items() if not (value is None or value is False or value == [])}
+        with _sigterm_raises(), _warnings_to(console, debug), contextlib.redirect_stdout(sys.stderr):
+            yield Session(load_config(path, overrides, given), console)
     except DataflexError as error:
         if debug:
             raise
@@ -116,17 +136,34 @@ def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return (Path(files[0]) if files else None), [text for text in arguments if text not in files]
 
 
-def _quieten_libraries(console: Console, debug: bool) -> None:
-    """Our own warnings go through the console; the libraries' chatter stays away unless debugging."""
+def _quieten_libraries(debug: bool) -> None:
+    """The libraries' chatter stays away unless debugging; before they are imported."""
     if debug:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the bars of our libraries; ours are not tqdm's
+    # DeepSpeed sets its logger's level when it is imported, so a filter is what lasts
+    logging.getLogger("DeepSpeed").addFilter(_errors_only)
+
+
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+@contextlib.contextmanager
+def _warnings_to(console: Console, debug: bool) -> Iterator[None]:
+    """Our own warnings go through the console, the libraries' stay away unless debugging."""
+
+    ours = (Path(dataflex.__file__).parent, Path(__file__).parent)  # two places where the install is editable
 
     def show(message: Any, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
-        if category is UserWarning and "dataflex" in Path(filename).parts:
+        if category is UserWarning and any(Path(filename).is_relative_to(place) for place in ours):
             console.warning(str(message))
 
-    warnings.showwarning = show
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.showwarning = show
+        yield

@@ -107,7 +107,7 @@ class RunConfig(BaseModel):
     mask_history: bool = False
     """Supervise the last response of a conversation only."""
     enable_thinking: bool | None = True
-    """For templates with thoughts: learn an empty thought where there is none. null prompts it; false drops all thoughts."""
+    """In templates with thoughts, learn an empty one where there is none; null prompts it, false drops them all."""
     preserve_thinking: bool = False
     """With mask_history, keep the thoughts of earlier responses, which are taken out otherwise."""
     val_size: Annotated[float, Field(ge=0)] = 0.0

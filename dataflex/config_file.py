@@ -104,7 +104,7 @@ def load_config(
             except ValidationError as further:
                 problems += _describe(further)
     deepspeed = values.get("deepspeed")
-    if isinstance(deepspeed, str) and not Path(deepspeed).is_file():
+    if isinstance(deepspeed, str) and not os.path.isfile(deepspeed):
         problems.append(f"key 'deepspeed': no file {deepspeed}")
     if len(problems) == 1:
         raise UsageError(f"{where}: {problems[0]}")
@@ -123,6 +123,8 @@ def read_yaml_mapping(path: str | Path, what: str) -> dict[str, Any]:
         raise UsageError(f"{what} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{what} {path}: not UTF-8 text; a YAML file is expected") from None
+    except ValueError as error:
+        raise UsageError(f"{what} {path!r}: no file can have this name ({error})") from None
     try:
         values = yaml.load(text, _UniqueKeyLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -146,7 +148,7 @@ def _read_overrides(overrides: Iterable[str], problems: list[str]) -> dict[str, 
             continue
         try:
             values[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             values[key.strip()] = value  # a text that YAML cannot read is still a text
     return values
 
@@ -174,7 +176,7 @@ def _locate(value: Any, folder: Path) -> Any:
         return value
     if "," in value:
         return ",".join(_locate(part.strip(), folder) for part in value.split(","))
-    if value and not os.path.exists(value) and (folder / value).exists():
+    if value and not os.path.exists(value) and os.path.exists(folder / value):
         return str(folder / value)
     return value
 
@@ -183,6 +185,8 @@ def _component(values: dict[str, Any], problems: list[str]) -> tuple[dict[str, A
     """What `component_name` stands for under RunConfig's keys, and its parameters without effect here."""
     name = values.get("component_name", "less")
     path = values.get("components_cfg_file")
+    if not isinstance(name, str) or not isinstance(path, str | None):
+        return {}, []  # told with the other wrong values
     if path is None:
         components, where = PACKAGED_COMPONENTS, "the packaged components"
     else:

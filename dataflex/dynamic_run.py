@@ -6,68 +6,75 @@ The selection is the same code as `grads` and `score`, on the live model and its
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from dataflex import processes
 from dataflex.config import RunConfig, require
 from dataflex.data.examples import Split, load_split
 from dataflex.errors import UsageError
-from dataflex.files import check_output_dir, write_jsonl
+from dataflex.files import read_jsonl, write_jsonl
 from dataflex.gradients.passes import Pass, make_pass, mean_loss
 from dataflex.influence.scores import ranking, score_records
 from dataflex.model import check_vocabulary, compute_dtype, load_tokenizer
 from dataflex.progress import SILENT, Progress
-from dataflex.provenance import Stopwatch, write_run
+from dataflex.provenance import RunRecord, Stopwatch
 from dataflex.selectors import Situation, make_selector
 from dataflex.training.plots import plot_loss
-from dataflex.training.runs import refuse_unsupported, trainable_model
+from dataflex.training.resume import last_checkpoint, step_of
+from dataflex.training.runs import begin, check_run_folder, trainable_model
 from dataflex.training.schedule import Schedule, dynamic_schedule, scheduled_rows
-from dataflex.training.trainer import RowTrainer, fit
+from dataflex.training.trainer import RowTrainer, fit, training_arguments
 
 
 def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
-    """Run the whole schedule and return `output_dir`: an adapter, its checkpoints and every selection made."""
+    """Run the whole schedule and return `output_dir`: an adapter, its checkpoints and every selection made.
+
+    Started again after it was stopped, it goes on from its last checkpoint and ends the same.
+    """
     require(config, "dynamic", "model_name_or_path", "dataset", "eval_dataset", "output_dir")
-    refuse_unsupported(config)
-    overwrite = config.overwrite or config.overwrite_output_dir
-    output_dir = check_output_dir(config.output_dir, "output_dir", overwrite)
+    check_run_folder(config)
     schedule = dynamic_schedule(config)
+    processes.join(config.ddp_timeout)
     watch = Stopwatch()
     with watch.phase("data"):
         tokenizer = load_tokenizer(config)
         train = load_split(config, tokenizer, "train", progress)
         validation = load_split(config, tokenizer, "eval", progress)
         check_selection_size(schedule, train)
+    record = begin(config, "dynamic", progress, train, validation)
+    output_dir = Path(config.output_dir)
+    if record.finished:
+        return output_dir
+    args = training_arguments(config, schedule.total_steps)
     with watch.phase("model"):
         model = trainable_model(config, train)
         check_vocabulary(model, validation.examples, config.template)
     run = make_pass(model, compute_dtype(config), tokenizer.pad_token_id, config.token_budget)
-    with watch.phase("evaluation"):
-        loss_before = mean_loss(run, validation.examples, progress, "eval loss before")
-
-    rounds = _Rounds(config.changed(overwrite=overwrite), schedule, run, train, validation, progress, watch)
+    rounds = _Rounds(config, schedule, run, train, validation, record, progress, watch)
+    rounds.recall(step_of(last_checkpoint(output_dir)))
     with watch.phase("training"):
         history = fit(
             config,
+            args,
             model,
             tokenizer,
             train.examples,
-            total_steps=schedule.total_steps,
             steps_per_epoch=schedule.round_steps,
             rows_for_step=rounds.rows,
             progress=progress,
             eval_examples=validation.examples,
+            save_at=schedule.selection_steps,
         )
-    watch.seconds["training"] -= watch.seconds.get("selection", 0.0)
     with watch.phase("evaluation"):
         loss_after = mean_loss(run, validation.examples, progress, "eval loss after")
-    if config.plot_loss:
+    watch.seconds["training"] -= watch.seconds.get("selection", 0.0) + rounds.loss_seconds
+    if config.plot_loss and processes.rank() == 0:
         plot_loss(history, list(rounds.selections), output_dir / "training_loss.png")
-    write_run(
-        config,
-        "dynamic",
-        watch,
+    record.note(
+        finished=True,
+        seconds=watch.seconds,
         steps=schedule.total_steps,
         rows_per_step=schedule.rows_per_step,
         rows=len(train.examples),
@@ -77,7 +84,7 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
             for step, chosen in rounds.selections.items()
         ],
         eval_rows=len(validation.examples),
-        eval_loss={"before": loss_before, "after": loss_after},
+        eval_loss={**record.facts["eval_loss"], "after": loss_after},
     )
     return output_dir
 
@@ -92,7 +99,7 @@ def check_selection_size(schedule: Schedule, train: Split) -> None:
         )
 
 
-def count_by_dataset(split: Split, indices: Any) -> dict[str, int]:
+def count_by_dataset(split: Split, indices: Iterable[int]) -> dict[str, int]:
     """How many of `indices` come from each dataset, in the order the datasets were named."""
     counts = {example.dataset: 0 for example in split.examples}
     for index in indices:
@@ -109,15 +116,32 @@ class _Rounds:
     run: Pass
     train: Split
     validation: Split
+    record: RunRecord
     progress: Progress
     watch: Stopwatch
+    selections: dict[int, list[int]] = field(default_factory=dict)
+    loss_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        self.folder = Path(self.config.output_dir)
         self.selector = make_selector(self.config)
-        self.selections: dict[int, list[int]] = {}
+
+    def recall(self, resumed_at: int) -> None:
+        """Read the selections that a run taken up after `resumed_at` steps has made already."""
+        places = {example.row: index for index, example in enumerate(self.train.examples)}
+        for step in self.schedule.selection_steps:
+            path = self.folder / "selections" / f"step-{step}.jsonl"
+            if step <= resumed_at and path.is_file():
+                self.selections[step] = [places[line["row"]] for line in read_jsonl(path, "selection")]
 
     def rows(self, step: int, trainer: RowTrainer) -> list[int]:
         """Indices of the rows that `step` trains on."""
+        if "eval_loss" not in self.record.facts:
+            # only now, inside the training: under ZeRO-3 the model cannot run before
+            with self.watch.phase("evaluation"):
+                before = mean_loss(self.run, self.validation.examples, self.progress, "eval loss before")
+            self.loss_seconds = self.watch.seconds["evaluation"]
+            self.record.note(eval_loss={"before": before})
         selected_at = self.schedule.selection_of(step)
         if selected_at is not None and selected_at not in self.selections:
             with self.watch.phase("selection"):
@@ -125,16 +149,25 @@ class _Rounds:
         return scheduled_rows(self.schedule, step, len(self.train.examples), self.config.seed, self.selections)
 
     def _select(self, step: int, trainer: RowTrainer) -> list[int]:
-        output_dir = Path(self.config.output_dir)
-        folder = Path(self.config.cache_dir or output_dir / "gradients") / f"step-{step}"
+        cache = Path(self.config.cache_dir or self.folder / "gradients") / f"step-{step}"
         situation = Situation(
-            self.config, self.run, self.train, self.validation, trainer.moments(), folder, self.progress
+            config=self.config,
+            run=self.run,
+            train=self.train,
+            validation=self.validation,
+            moments=trainer.moments(),
+            cache=cache,
+            memory=self.folder / "selections",
+            past_steps=[past for past in self.selections if past < step],
+            progress=self.progress,
         )
         scores = self.selector.score(situation)
         best = ranking(scores.row, scores.score)[: self.schedule.rows_per_selection].tolist()
-        write_jsonl(output_dir / "selections" / f"step-{step}.jsonl", score_records(scores, best))
-        if self.config.cache_dir is None:
-            shutil.rmtree(output_dir / "gradients", ignore_errors=True)
+        if processes.rank() == 0:
+            write_jsonl(self.folder / "selections" / f"step-{step}.jsonl", score_records(scores, best))
+            if self.config.cache_dir is None:
+                shutil.rmtree(self.folder / "gradients", ignore_errors=True)
         picked = count_by_dataset(self.train, best)
-        self.progress.say(f"step {step}: selected {len(best)} rows, " + ", ".join(f"{n} {name}" for name, n in picked.items()))
+        shares = ", ".join(f"{count} {name}" for name, count in picked.items())
+        self.progress.say(f"step {step}: selected {len(best)} rows: {shares}")
         return best

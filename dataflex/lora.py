@@ -90,6 +90,16 @@ def layout(pairs: list[LoraPair]) -> list[Slot]:
     return slots
 
 
+def full_value(weight: torch.Tensor) -> torch.Tensor:
+    """A parameter's value as float32, gathered from all processes where ZeRO-3 has shared it out. Collective there."""
+    if not hasattr(weight, "ds_id"):
+        return weight.detach().float()
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([weight]):
+        return weight.detach().float().clone()
+
+
 def full_size(weight: torch.Tensor) -> int:
     """Elements of a parameter, also where ZeRO-3 left this process only its share."""
     return getattr(weight, "ds_numel", weight.numel())

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config import RunConfig, require
-from dataflex.data.examples import Split, load_split
+from dataflex.data.examples import Split, load_split, split_names
+from dataflex.data.preview import first_row, summary
 from dataflex.errors import UsageError
 from dataflex.files import check_output_dir, check_output_file
 from dataflex.progress import SILENT, Progress
@@ -57,8 +58,10 @@ def plan(config: RunConfig, command: str, progress: Progress = SILENT) -> Plan:
 
 
 def _check_outputs(config: RunConfig, command: str) -> None:
+    from dataflex.training.runs import check_run_folder
+
     if command in TRAINS:
-        check_output_dir(config.output_dir, "output_dir", config.overwrite or config.overwrite_output_dir)
+        check_run_folder(config)
     elif command == "merge":
         check_output_dir(config.export_dir, "export_dir", config.overwrite)
     else:
@@ -85,18 +88,9 @@ def _load_splits(config: RunConfig, command: str, result: Plan, progress: Progre
         result.unknown.append(f"rows: they are counted with the tokenizer. {error}")
         _check_sources(config, names)
         return {}
-    splits = {name: load_split(config, tokenizer, name, progress) for name in names}
+    splits = {name: load_split(config, tokenizer, name, progress, keep=False) for name in names}
     for name, split in splits.items():
-        report = split.report
-        result.data[name] = {
-            "rows": report.seen,
-            "kept": report.kept,
-            "dropped": {reason: len(rows) for reason, rows in report.dropped.items()},
-            "truncated": report.truncated,
-            "lost_end": report.lost_end,
-            "tokens": sum(report.lengths),
-            "longest": max(report.lengths),
-        }
+        result.data[name] = {**summary(split.report), "example": first_row(split.examples, tokenizer)}
     return splits
 
 
@@ -108,7 +102,7 @@ def _check_sources(config: RunConfig, names: list[str]) -> None:
     if config.template is not None:
         find_template(config.template)
     for name in names:
-        find_sources(getattr(config, "eval_dataset" if name == "eval" else "dataset"), config.dataset_dir)
+        find_sources(split_names(config, name), config.dataset_dir)
 
 
 def _schedule(config: RunConfig, command: str, train: Split | None) -> dict[str, Any]:

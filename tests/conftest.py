@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; commands inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and a tiny model gains nothing from threads
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "SmolLM2-135M-Instruct"

@@ -1,7 +1,8 @@
 """From the names in `dataset`, `eval_dataset` or `data` to Sources.
 
 A name is an entry of `<dataset_dir>/dataset_info.json`, or a data file. An entry follows
-LLaMA-Factory's rules: `columns`, once given, unsets every column it does not list, and so do `tags`.
+LLaMA-Factory's rules: `columns`, once given, unsets every column it does not list, and so do `tags`;
+a hub's address goes before a file's name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from dataflex.data.records import SUFFIXES, Columns, Source, Tags, files_of, first_record
+from dataflex.data.hub import HubDataset
+from dataflex.data.records import SUFFIXES, Columns, Source, Tags, files_of, first_record, iter_records
 from dataflex.errors import UsageError
 
 INFO_FILE = "dataset_info.json"
@@ -45,6 +47,14 @@ _OTHER_STAGES = {
 }
 
 
+_OTHER_HUBS = {
+    "ms_hub_url": "ModelScope's hub",
+    "om_hub_url": "openMind's hub",
+    "script_url": "datasets no longer runs scripts",
+    "cloud_file_name": "cloud storage",
+}
+
+
 def find_sources(names: Sequence[str], dataset_dir: str | Path) -> list[Source]:
     """The Source behind each name, in order.
 
@@ -66,6 +76,23 @@ def recognise(name: str, path: Path, record: dict[str, Any] | None) -> Source:
         f"data file {path}: {found}; expected a field named messages, conversations or instruction. "
         f"For other names, describe the file in {INFO_FILE} and name that entry"
     )
+
+
+def unread_fields(source: Source) -> dict[str, str]:
+    """Fields of the first record that stand where alpaca data has prompt and query, but whose column is unset."""
+    unset = {
+        field: column
+        for column in ("prompt", "query")
+        if getattr(source.columns, column) is None and (field := getattr(Columns(), column)) is not None
+    }
+    if source.formatting != "alpaca" or not unset:
+        return {}
+    record = next(iter_records(source), None) or {}
+    return {
+        field: column
+        for field, column in unset.items()
+        if field in record and field not in vars(source.columns).values()
+    }
 
 
 def _is_file(name: str) -> bool:
@@ -123,19 +150,42 @@ def _from_entry(name: str, entry: Any, folder: Path) -> Source:
     tags = _tags(entry, where)
     if formatting != "alpaca" and None in (tags.role, tags.content, tags.user, tags.assistant):
         raise UsageError(f"{where}: tags must give role_tag, content_tag, user_tag and assistant_tag")
-    source = Source(name, _entry_path(entry, where, folder), formatting, columns, tags, num_samples)
+    split = _optional_text(entry, "split", where) or "train"
+    hub = _hub_dataset(entry, where)
+    if hub is not None:
+        return Source(name, None, formatting, columns, tags, num_samples, split, hub)
+    source = Source(name, _entry_path(entry, where, folder), formatting, columns, tags, num_samples, split)
+    if len({path.suffix.lower().replace("jsonl", "json") for path in files_of(source)}) > 1:
+        raise UsageError(f"{where}: the files in {source.path} are of several kinds; keep one kind to a folder")
     for path in files_of(source):
         if path.suffix.lower() not in SUFFIXES:
             raise UsageError(f"{where}: {path} is of an unknown kind; expected {', '.join(SUFFIXES)}")
     return source
 
 
+def _hub_dataset(entry: dict[str, Any], where: str) -> HubDataset | None:
+    url = _optional_text(entry, "hf_hub_url", where)
+    if url is not None:
+        return HubDataset(url, _optional_text(entry, "subset", where), _optional_text(entry, "folder", where))
+    for key, hub in _OTHER_HUBS.items():
+        if entry.get(key):
+            raise UsageError(
+                f"{where}: {key} is not supported ({hub}); give hf_hub_url, or download it and give file_name"
+            )
+    return None
+
+
+def _optional_text(entry: dict[str, Any], key: str, where: str) -> str | None:
+    value = entry.get(key)
+    if value is not None and not isinstance(value, str):
+        raise UsageError(f"{where}: {key} is {value!r}; expected a text")
+    return value or None
+
+
 def _entry_path(entry: dict[str, Any], where: str, folder: Path) -> Path:
     file_name = entry.get("file_name")
     if not isinstance(file_name, str) or not file_name:
-        remote = [key for key in entry if key.endswith("_url") or key == "cloud_file_name"]
-        found = f"{remote[0]} is not supported here" if remote else "file_name is missing"
-        raise UsageError(f"{where}: {found}; download the data and give file_name, a file in {folder}")
+        raise UsageError(f"{where}: file_name is missing; give it, a file or a folder in {folder}, or hf_hub_url")
     path = folder / file_name
     if not Path(file_name).is_absolute() and not path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{where}: file_name {file_name!r} leads out of {folder}; give an absolute path")

@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from dataflex.data.records import Source
+from dataflex.data.records import Source, Tags
 
 USER, ASSISTANT, OBSERVATION, FUNCTION = "user", "assistant", "observation", "function"
 PROMPT_ROLES = (USER, OBSERVATION)
@@ -68,6 +68,8 @@ def _from_alpaca(source: Source, record: dict[str, Any]) -> Conversation:
     parts = [_text(record, columns.prompt), _text(record, columns.query)]
     messages.append(Message(USER, "\n".join(part for part in parts if part)))
     response = record.get(columns.response) if columns.response else None
+    if columns.response is None:
+        raise Unusable(f"{NO_RESPONSE} (columns leave out response: naming some unsets the others)")
     if not isinstance(response, str):
         raise Unusable(NO_RESPONSE)
     messages.append(Message(ASSISTANT, response))
@@ -80,7 +82,10 @@ def _from_sharegpt(source: Source, record: dict[str, Any]) -> Conversation:
     turns, system = _split_system(source, record)
     messages = []
     for turn in turns:
-        role = roles.get(_role_of(turn, source))
+        name = _role_of(turn, source)
+        role = roles.get(name)
+        if role is None and name in _unset_roles(tags):
+            raise Unusable(f"{NO_ALTERNATION} ({name!r} has no tag: naming some unsets the others)")
         if role is None or role not in _expected_roles(len(messages)):
             raise Unusable(NO_ALTERNATION)
         messages.append(Message(role, _content_of(turn, tags.content)))
@@ -130,6 +135,15 @@ def _roles(source: Source) -> dict[str, str]:
     tags = source.tags
     pairs = [(tags.user, USER), (tags.assistant, ASSISTANT), (tags.observation, OBSERVATION), (tags.function, FUNCTION)]
     return {tag: role for tag, role in pairs if tag is not None}
+
+
+def _unset_roles(tags: Tags) -> set[str]:
+    """Names of roles that would have a tag if the entry named none."""
+    return {
+        name
+        for role in ("observation", "function", "system")
+        if getattr(tags, role) is None and (name := getattr(Tags(), role))
+    }
 
 
 def _expected_roles(place: int) -> tuple[str, ...]:

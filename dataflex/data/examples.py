@@ -2,74 +2,50 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
+import json
+import os
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dataflex.config import RunConfig, require
-from dataflex.data.catalog import find_sources
+from dataflex.data import tools
+from dataflex.data.catalog import find_sources, unread_fields
 from dataflex.data.chat_template import check_chat_template, encode_chat_turns
-from dataflex.data.conversations import Conversation, Unusable, to_conversation
-from dataflex.data.encoding import UNSUPERVISED, Encoded, encode_row
-from dataflex.data.records import Source, data_hash, read_records
+from dataflex.data.conversations import Conversation
+from dataflex.data.encoding import Encoded, encode_row
+from dataflex.data.preprocess import encode_records
+from dataflex.data.records import Source, count_records, data_hash, file_sizes
+from dataflex.data.report import Report
+from dataflex.data.row_cache import cached_rows, row_key
+from dataflex.data.rows import Example
+from dataflex.data.template_table import Template
 from dataflex.data.templates import Thinking, encode_turns, find_template, prepare_tokenizer
 from dataflex.errors import UsageError
 from dataflex.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    import pyarrow
     from transformers import PreTrainedTokenizerBase
 
-NOTHING_SUPERVISED = "no supervised token within cutoff_len"
+__all__ = ["Example", "Report", "Split", "load_examples", "load_split", "row_encoder"]
 
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row, ready for the model.
-
-    `row` counts through the datasets in the order named, before any row was dropped. `labels` are -100
-    where unsupervised. `subtask` is the record's own, else its dataset's name where several are given.
-    """
-
-    row: int
-    input_ids: list[int]
-    labels: list[int]
-    subtask: str | None
-    dataset: str
-
-
-@dataclass
-class Report:
-    """What became of the rows of a split."""
-
-    seen: int = 0
-    """Rows looked at: all of the files' but those left out by num_samples or max_samples."""
-    kept: int = 0
-    """Rows that became examples."""
-    truncated: int = 0
-    """Kept rows that lost tokens to cutoff_len."""
-    lost_end: int = 0
-    """Kept rows whose last response lost its end."""
-    supervised_tokens: int = 0
-    """Tokens that are learned from, over the kept rows."""
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of each kept row."""
-    dropped: dict[str, list[int]] = field(default_factory=dict)
-    """Row numbers of the rows that cannot be used, by reason."""
-
-    def length_quantile(self, share: float) -> int:
-        """The length that `share` (0 to 1) of the kept rows do not exceed; 0 without rows."""
-        if not self.lengths:
-            return 0
-        return sorted(self.lengths)[max(math.ceil(share * len(self.lengths)), 1) - 1]
+# The keys beside template and data that decide what a row becomes.
+_ROW_KEYS = ("cutoff_len", "train_on_prompt", "mask_history", "enable_thinking", "preserve_thinking", "max_samples")
 
 
 @dataclass(frozen=True)
 class Split:
-    """The training or the validation data of a run. `hash`: sha256 over the bytes of its files."""
+    """The training or the validation data of a run.
 
-    examples: list[Example]
+    `hash`: sha256 over the bytes of its files, and over what decides the draw where rows are drawn at random.
+    `examples` may be larger than memory: each is read from disk when it is asked for.
+    """
+
+    examples: Sequence[Example]
     report: Report
     hash: str
 
@@ -78,7 +54,7 @@ def load_examples(config: RunConfig, split: Literal["train", "eval"] = "train") 
     """The rows of `dataset` (train) or `eval_dataset` (eval) as the model is trained on them, in row order."""
     from dataflex.model import load_tokenizer
 
-    return load_split(config, load_tokenizer(config), split).examples
+    return list(load_split(config, load_tokenizer(config), split).examples)
 
 
 def load_split(
@@ -86,38 +62,60 @@ def load_split(
     tokenizer: PreTrainedTokenizerBase,
     split: Literal["train", "eval"] = "train",
     progress: Progress = SILENT,
+    keep: bool = True,
 ) -> Split:
     """Read, convert and encode the datasets of a split. The tokenizer gets the template's special tokens.
+
+    With `val_size`, both splits are of `dataset`. What was encoded before is taken from the cache; `keep`
+    False adds nothing to it.
 
     Raises:
         UsageError: no dataset is set, one cannot be read, the template is unknown, or no row can be used.
     """
-    key = "dataset" if split == "train" else "eval_dataset"
-    require(config, f"split {split}", key)
-    names = getattr(config, key)
+    names = split_names(config, split)
     encode = row_encoder(config, tokenizer)
     sources = find_sources(names, config.dataset_dir)
-    datasets = [read_records(source) for source in sources]
-    picked = pick_rows(sources, [len(records) for records in datasets], config.max_samples, config.seed)
+    for source in sources:
+        _warn_of_unread_fields(source)
+    content = data_hash(sources)
+    if config.val_size or any(source.num_samples for source in sources):
+        draw = [content, config.seed, config.val_size, split if config.val_size else None]
+        content = hashlib.sha256(json.dumps(draw).encode()).hexdigest()
 
-    report, examples, start = Report(), [], 0
-    with progress.task("tokenizing", sum(map(len, picked)), "rows") as task:
-        for source, records, places in zip(sources, datasets, picked, strict=True):
-            for place in places:
-                row, record = start + place, records[place]
-                try:
-                    encoded = encode(to_conversation(source, record))
-                    _note(report, encoded)
-                    subtask = _subtask(record, source.name if len(sources) > 1 else None)
-                    examples.append(Example(row, encoded.input_ids, encoded.labels, subtask, source.name))
-                except Unusable as reason:
-                    report.dropped.setdefault(str(reason), []).append(row)
-                task.advance(1)
-            start += len(records)
-    report.seen, report.kept = sum(map(len, picked)), len(examples)
-    if not examples:
-        raise UsageError(_nothing_left(key, names, report))
-    return Split(examples, report, data_hash(sources))
+    def make() -> Iterator[pyarrow.RecordBatch]:
+        places = pick_rows(sources, [count_records(source) for source in sources], config.max_samples, config.seed)
+        if config.val_size:
+            places = hold_out(places, config.val_size, config.seed, split)
+        with progress.task("tokenizing", sum(map(len, places)), "rows") as task:
+            for batch in encode_records(sources, places, encode, config.preprocessing_num_workers):
+                task.advance(batch.num_rows)
+                yield batch
+
+    rows = cached_rows(
+        row_key(
+            tokenizer,
+            content=content,
+            sizes=file_sizes(sources),
+            sources=[_layout(source) for source in sources],
+            template=_wording(config, tokenizer),
+            keys={key: getattr(config, key) for key in _ROW_KEYS},
+        ),
+        [source.name for source in sources],
+        make,
+        anew=config.overwrite_cache and os.environ.get("LOCAL_RANK", "0") == "0",
+        keep=keep,
+    )
+    report = rows.report()
+    if not rows:
+        raise UsageError(_nothing_left(_key_of(config, split), names, report))
+    return Split(rows, report, content)
+
+
+def split_names(config: RunConfig, split: str) -> list[str]:
+    """The datasets that the rows of `split` come from; a UsageError if none is set."""
+    key = _key_of(config, split)
+    require(config, f"split {split}", key)
+    return getattr(config, key)
 
 
 def row_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Conversation], Encoded]:
@@ -127,7 +125,7 @@ def row_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Callab
         UsageError: no such template, no chat template to fall back on, or train_on_prompt with a template
             whose turns end without a token.
     """
-    template = find_template(config.template) if config.template is not None else None
+    template = _template(config)
     if template is None:
         check_chat_template(tokenizer)
     elif template.efficient_eos and config.train_on_prompt:
@@ -158,32 +156,84 @@ def pick_rows(
     """The places used of each source, ascending: of its num_samples drawn at random, the first max_samples drawn."""
     picked: list[Sequence[int]] = []
     for source, size in zip(sources, sizes, strict=True):
-        places: Sequence[int] = range(size)
+        places = _slice_of(source, size)
         if source.num_samples is not None:
-            if source.num_samples > size:
+            if source.num_samples > len(places):
                 # LLaMA-Factory repeats rows here; a row number could then no longer tell them apart.
                 raise UsageError(
-                    f"dataset {source.name!r}: num_samples is {source.num_samples}, but it has {size} rows; lower it"
+                    f"dataset {source.name!r}: num_samples is {source.num_samples}, "
+                    f"but it has {len(places)} rows; lower it"
                 )
-            places = random.Random(f"{seed}/{source.name}").sample(range(size), source.num_samples)
-        picked.append(sorted(places[:max_samples]))
+            drawn = random.Random(f"{seed}/{source.name}").sample(places, source.num_samples)
+            places = sorted(drawn[:max_samples])
+        picked.append(places[:max_samples])
     return picked
 
 
-def _note(report: Report, encoded: Encoded) -> None:
-    # The first label has no token before it to be predicted from.
-    supervised = sum(label != UNSUPERVISED for label in encoded.labels[1:])
-    if not supervised:
-        raise Unusable(NOTHING_SUPERVISED)
-    report.truncated += encoded.truncated
-    report.lost_end += encoded.lost_end
-    report.supervised_tokens += supervised
-    report.lengths.append(len(encoded.input_ids))
+def hold_out(places: Sequence[Sequence[int]], val_size: float, seed: int, split: str) -> list[list[int]]:
+    """The part of the rows that `split` has where validation rows are held out: those LLaMA-Factory draws.
+
+    Args:
+        places: the rows used of each dataset.
+        val_size: a share of all rows, or a number of rows from 1 on.
+    """
+    import datasets
+
+    pool = [(number, place) for number, wanted in enumerate(places) for place in wanted]
+    size = int(val_size) if val_size >= 1 else val_size
+    try:
+        parts = datasets.Dataset.from_dict({"index": range(len(pool))}).train_test_split(test_size=size, seed=seed)
+    except ValueError:
+        raise UsageError(
+            f"val_size is {val_size}, but there are {len(pool)} rows; lower it, or name eval_dataset"
+        ) from None
+    taken: list[list[int]] = [[] for _ in places]
+    for index in sorted(parts["test" if split == "eval" else "train"]["index"]):
+        number, place = pool[index]
+        taken[number].append(place)
+    return taken
 
 
-def _subtask(record: dict[str, Any], default: str | None) -> str | None:
-    subtask = record.get("subtask")
-    return subtask if isinstance(subtask, str) else default
+def _slice_of(source: Source, size: int) -> Sequence[int]:
+    """The places that the entry's `split` names; the hub has cut its own already."""
+    if source.split == "train" or source.hub is not None:
+        return range(size)
+    import datasets
+
+    try:
+        parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({"train": size})
+    except ValueError as error:
+        raise UsageError(f"dataset {source.name!r}: split {source.split!r} is not of its file ({error})") from None
+    return sorted({place for part in parts for place in range(size)[part.from_ : part.to]})
+
+
+def _key_of(config: RunConfig, split: str) -> str:
+    return "eval_dataset" if split == "eval" and not config.val_size else "dataset"
+
+
+def _template(config: RunConfig) -> Template | None:
+    return find_template(config.template) if config.template is not None else None
+
+
+def _wording(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What decides the words around a turn: the template, and the date where it tells it."""
+    template = _template(config)
+    text = repr(template) if template else str(tokenizer.chat_template)
+    dated = template.tool_format == "llama3" if template else "strftime_now" in text
+    return [text, str(tools.today())] if dated else [text]
+
+
+def _layout(source: Source) -> list[Any]:
+    return [source.name, source.formatting, source.columns, source.tags, source.num_samples, source.split]
+
+
+def _warn_of_unread_fields(source: Source) -> None:
+    for field, column in unread_fields(source).items():
+        warnings.warn(
+            f"dataset {source.name!r}: its records have {field!r}, which is not read: naming columns unsets those "
+            f"left out, and {column} is. Name it if it is meant",
+            stacklevel=3,
+        )
 
 
 def _nothing_left(key: str, names: Sequence[str], report: Report) -> str:

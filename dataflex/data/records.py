@@ -1,4 +1,4 @@
-"""Where rows come from and how a file's rows are read: json, jsonl, csv and parquet, each row a dict."""
+"""Where rows come from and how they are read, one after the other: files of several kinds, or a hub's dataset."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dataflex.data.hub import HubDataset, load_hub
+from dataflex.data.json_array import iter_array
 from dataflex.errors import UsageError
 from dataflex.files import read_jsonl
 
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+if TYPE_CHECKING:
+    import pyarrow
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
 
 
 @dataclass(frozen=True)
@@ -45,23 +49,42 @@ class Tags:
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset: its file (or folder of files of one kind) and how its records are laid out.
+    """One dataset: its file, folder of files of one kind, or place on the hub, and how its records are laid out.
 
     `formatting` is alpaca, sharegpt or openai as in dataset_info.json, or messages for a file given
-    directly that holds OpenAI's chat messages.
+    directly that holds OpenAI's chat messages. `split` names the rows used: `train`, or a slice of it such
+    as `train[:10%]`; on the hub any split there is. `path` is None for the hub's.
     """
 
     name: str
-    path: Path
+    path: Path | None
     formatting: str = "alpaca"
     columns: Columns = field(default_factory=Columns)
     tags: Tags = field(default_factory=Tags)
     num_samples: int | None = None
+    split: str = "train"
+    hub: HubDataset | None = None
+
+
+def iter_records(source: Source) -> Iterator[dict[str, Any]]:
+    """The records of a source, in order, never all at once; a UsageError names the file and the row that is not one."""
+    if source.hub is not None:
+        yield from load_hub(source.hub, source.split)
+        return
+    for path in files_of(source):
+        yield from _read(path)
 
 
 def read_records(source: Source) -> list[dict[str, Any]]:
-    """All records of a source, in order; a UsageError names the file and the row that is not one."""
-    return [record for path in files_of(source) for record in _read(path)]
+    """All records of a source, in order."""
+    return list(iter_records(source))
+
+
+def count_records(source: Source) -> int:
+    """How many records a source has; JSON lines are counted without being parsed."""
+    if source.hub is not None:
+        return len(load_hub(source.hub, source.split))
+    return sum(_count(path) for path in files_of(source))
 
 
 def first_record(path: Path) -> dict[str, Any] | None:
@@ -70,14 +93,29 @@ def first_record(path: Path) -> dict[str, Any] | None:
 
 
 def data_hash(sources: Iterable[Source]) -> str:
-    """sha256 (hex) over the bytes of the sources' files, in order."""
+    """sha256 (hex) over the bytes of the sources' files, in order; of the hub's, over the records."""
     digest = hashlib.sha256()
     for source in sources:
+        if source.hub is not None:
+            for record in load_hub(source.hub, source.split):
+                digest.update(json.dumps(record, sort_keys=True, default=str).encode())
+            continue
         for path in files_of(source):
             with open(path, "rb") as handle:
                 while chunk := handle.read(1 << 20):
                     digest.update(chunk)
     return digest.hexdigest()
+
+
+def file_sizes(sources: Iterable[Source]) -> list[tuple[str, int]]:
+    """Kind and bytes of each of the sources' files; of the hub's, its records."""
+    sizes = []
+    for source in sources:
+        if source.hub is not None:
+            sizes.append(("hub", count_records(source)))
+        else:
+            sizes += [(path.suffix, path.stat().st_size) for path in files_of(source)]
+    return sizes
 
 
 def files_of(source: Source) -> list[Path]:
@@ -91,11 +129,33 @@ def files_of(source: Source) -> list[Path]:
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:
-    readers = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+    readers = {
+        ".json": _read_json,
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+        ".arrow": _read_arrow,
+        ".txt": _read_txt,
+    }
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise UsageError(f"data file {path}: unknown kind {path.suffix!r}; expected {', '.join(SUFFIXES)}")
-    return reader(path)
+    try:
+        yield from reader(path)
+    except OSError as error:
+        raise UsageError(f"data file {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"data file {path}: not UTF-8 text ({error.reason})") from None
+
+
+def _count(path: Path) -> int:
+    if path.suffix.lower() != ".jsonl":
+        return sum(1 for _ in _read(path))
+    try:
+        with open(path, "rb") as handle:
+            return sum(1 for line in handle if line.strip())
+    except OSError as error:
+        raise UsageError(f"data file {path}: {error.strerror or error}") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -103,37 +163,38 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+    if _starts_with_a_record(path):
+        return read_jsonl(path, "data file")
+    return _read_json_array(path)
+
+
+def _starts_with_a_record(path: Path) -> bool:
+    """Whether the first line that is not blank is an object by itself: JSON lines under another name."""
+    with open(path, encoding="utf-8-sig") as handle:
+        while (character := handle.read(1)).isspace():
+            pass
+        if character != "{":  # a whole array may stand on one line: leave it unread
+            return False
+        try:
+            return isinstance(json.loads(character + handle.readline()), dict)
+        except (ValueError, RecursionError):
+            return False
+
+
+def _read_json_array(path: Path) -> Iterator[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"data file {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"data file {path}: not UTF-8 text ({error.reason})") from None
-    try:
-        rows = json.loads(text)
+        for number, row in enumerate(iter_array(path)):
+            if not isinstance(row, dict):
+                raise UsageError(f"data file {path}, row {number}: expected an object, found {type(row).__name__}")
+            yield row
     except RecursionError:
         raise UsageError(f"data file {path}: nested too deeply to be read") from None
+    except UnicodeDecodeError:
+        raise
     except ValueError as error:
-        if _looks_like_jsonl(text):
-            yield from read_jsonl(path, "data file")
-            return
         raise UsageError(f"data file {path}: not valid JSON ({error})") from None
-    if isinstance(rows, dict):
-        rows = [rows]  # JSON lines of a single line
-    if not isinstance(rows, list):
-        raise UsageError(f"data file {path}: expected a list of objects, found {type(rows).__name__}")
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UsageError(f"data file {path}, row {number}: expected an object, found {type(row).__name__}")
-        yield row
-
-
-def _looks_like_jsonl(text: str) -> bool:
-    lines = [line for line in islice(text.splitlines(), 100) if line.strip()]
-    try:
-        return len(lines) > 1 and isinstance(json.loads(lines[0]), dict)
-    except ValueError:
-        return False
+    except TypeError as error:
+        raise UsageError(f"data file {path}: expected a list of objects, found {error}") from None
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
@@ -143,12 +204,14 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
                 if None in row or None in row.values():
                     raise UsageError(f"data file {path}, row {number}: not as many fields as the header names")
                 yield {key: value or None for key, value in row.items()}  # csv cannot tell empty from absent
-    except OSError as error:
-        raise UsageError(f"data file {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"data file {path}: not UTF-8 text ({error.reason})") from None
     except csv.Error as error:
         raise UsageError(f"data file {path}: not valid CSV ({error})") from None
+
+
+def _read_txt(path: Path) -> Iterator[dict[str, Any]]:
+    with open(path, encoding="utf-8-sig") as handle:
+        for line in handle:
+            yield {"text": line.removesuffix("\n")}
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -156,9 +219,33 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
-    except OSError as error:
-        raise UsageError(f"data file {path}: {error.strerror or error}") from None
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
     except pyarrow.ArrowException as error:
         raise UsageError(f"data file {path}: not a parquet file ({error})") from None
-    yield from table.to_pylist()
+
+
+def _read_arrow(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as handle:
+            for batch in _arrow_batches(handle):
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise UsageError(f"data file {path}: not an Arrow file ({error})") from None
+
+
+def _arrow_batches(handle: pyarrow.MemoryMappedFile) -> Iterator[pyarrow.RecordBatch]:
+    """The batches of Arrow's stream format, which `datasets` writes, or of its file format."""
+    import pyarrow
+
+    try:
+        reader = pyarrow.ipc.open_stream(handle)
+    except pyarrow.ArrowInvalid:
+        handle.seek(0)
+        file = pyarrow.ipc.open_file(handle)
+        yield from map(file.get_batch, range(file.num_record_batches))
+    else:
+        yield from reader

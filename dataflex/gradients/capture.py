@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from dataflex.errors import UsageError
-from dataflex.lora import LoraPair, Slot
+from dataflex.lora import LoraPair, Slot, full_value
 
 OnGradient = Callable[[Slot, torch.Tensor], None]
 """(slot, gradient [rows, slot.size] float32), called once for each slot during the backward pass."""
@@ -84,18 +84,24 @@ def row_losses(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) 
     return RowLosses(total / tokens, tokens)
 
 
+def adapter_values(pairs: list[LoraPair]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The pairs' A [r, in] and B [out, r] as float32; a model that stands still needs them once. Collective under ZeRO-3."""
+    return [(full_value(pair.weight_a), full_value(pair.weight_b)) for pair in pairs]
+
+
 def row_gradients(
     model: nn.Module,
     pairs: list[LoraPair],
     slots: list[Slot],
+    values: list[tuple[torch.Tensor, torch.Tensor]],
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     on_gradient: OnGradient,
 ) -> RowLosses:
     """Hand every row's gradient of every LoRA tensor to `on_gradient`, pair by pair, as backward meets them.
 
-    Run it inside `undisturbed`. `slots` is `layout(pairs)`; the arguments are those of `row_losses`.
-    A layer that took no part in the pass (an expert no token was sent to) has gradient zero.
+    Run it inside `undisturbed`. `slots` is `layout(pairs)`, `values` is `adapter_values(pairs)`; the rest are
+    the arguments of `row_losses`. A layer that took no part in the pass (an expert no token was sent to) has gradient zero.
 
     Raises:
         UsageError: if a layer is used twice in one pass; its gradients would arrive in parts.
@@ -108,7 +114,7 @@ def row_gradients(
         on_gradient(slot, gradient)
 
     handles = [
-        pair.module.register_forward_hook(_watch(pair, slots[2 * index], slots[2 * index + 1], once))
+        pair.module.register_forward_hook(_watch(pair, values[index], slots[2 * index], slots[2 * index + 1], once))
         for index, pair in enumerate(pairs)
     ]
     try:
@@ -123,7 +129,9 @@ def row_gradients(
     return RowLosses(losses.loss.detach(), losses.tokens)
 
 
-def _watch(pair: LoraPair, slot_a: Slot, slot_b: Slot, on_gradient: OnGradient) -> Callable[..., None]:
+def _watch(
+    pair: LoraPair, values: tuple[torch.Tensor, torch.Tensor], slot_a: Slot, slot_b: Slot, on_gradient: OnGradient
+) -> Callable[..., None]:
     """A forward hook that waits for the gradient of the layer's output."""
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -135,7 +143,7 @@ def _watch(pair: LoraPair, slot_a: Slot, slot_b: Slot, on_gradient: OnGradient) 
             with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
                 inputs = x.float()  # [rows, T, in]
                 delta = delta.float() * pair.scaling  # [rows, T, out]
-                weight_a, weight_b = pair.weight_a.float(), pair.weight_b.float()
+                weight_a, weight_b = values
                 gradient_a = torch.bmm((delta @ weight_b).transpose(1, 2), inputs)  # [rows, r, in]
                 on_gradient(slot_a, gradient_a.flatten(1))
                 gradient_b = torch.bmm(delta.transpose(1, 2), inputs @ weight_a.T)  # [rows, out, r]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from dataflex import processes
 from dataflex.config import RunConfig, require
 from dataflex.data.examples import Split, load_split
 from dataflex.errors import UsageError
@@ -57,6 +60,8 @@ def collect(
     moments: AdamMoments | None,
     path: Path,
     progress: Progress = SILENT,
+    *,
+    cache: bool = False,
 ) -> Path:
     """Write the projected directions of every row of `split` into the store `path`.
 
@@ -65,32 +70,50 @@ def collect(
 
     Args:
         moments: of the optimizer at these parameters; needed for `adam` only.
+        cache: replace a store that came from something else, rather than refuse.
     """
     step = moments.step if moments else 0
     learning_rate = moments.learning_rate if moments else config.learning_rate
     manifest = describe(config, run, split, split_name, moments, step, learning_rate)
     direction = make_direction(manifest["gradient_type"], config.adam_formula, moments, run.slots)
-    if config.overwrite or not path.exists():
-        create_store(
-            path,
-            manifest=manifest,
-            row=np.array([example.row for example in split.examples]),
-            tokens=np.array([sum(label != -100 for label in example.labels[1:]) for example in split.examples]),
-            subtask=subtask_names(split),
-        )
-    else:
-        with GradientStore(path) as store:
-            check_same(path, store.manifest, manifest)
-    with StoreWriter(path) as writer:
-        batches = [
-            batch for batch in batches_of(split.examples, run.token_budget, manifest["proj_dim"]) if not writer.done[batch].all()
-        ]
-        if batches:
-            projector = make_projector(config.projector, run.parameters, manifest["proj_dim"], config.proj_seed, run.device)
-            description = f"{split_name} gradients"
-            for rows in project_rows(run, split.examples, batches, direction, projector, progress, description):
-                writer.write(rows.indices, rows.vectors.cpu().numpy(), rows.loss.cpu().numpy())
+    if processes.rank() == 0:
+        _prepare_store(path, manifest, split, config.overwrite, cache)
+    processes.barrier()
+    with GradientStore(path) as store:
+        done = store.done.astype(bool)
+    batches = [
+        batch for batch in batches_of(split.examples, run.token_budget, manifest["proj_dim"]) if not done[batch].all()
+    ]
+    projector = make_projector(config.projector, run.parameters, manifest["proj_dim"], config.proj_seed, run.device)
+    computed = project_rows(run, split.examples, batches, direction, projector, progress, f"{split_name} gradients")
+    # the other processes hand their rows to the first: one writer, whatever the file system
+    with StoreWriter(path) if processes.rank() == 0 else contextlib.nullcontext() as writer:
+        for rows in computed:
+            shares = processes.gather((rows.indices, rows.vectors.cpu().numpy(), rows.loss.cpu().numpy()))
+            for indices, vectors, loss in shares:
+                if indices:
+                    writer.write(indices, vectors, loss)
+    processes.barrier()
     return path
+
+
+def _prepare_store(path: Path, manifest: dict[str, Any], split: Split, overwrite: bool, cache: bool) -> None:
+    """Make the store, or see that the one there is a part of this same work."""
+    if path.exists() and not overwrite:
+        try:
+            with GradientStore(path) as store:
+                check_same(path, store.manifest, manifest)
+            return
+        except UsageError:
+            if not cache:
+                raise
+    create_store(
+        path,
+        manifest=manifest,
+        row=np.array([example.row for example in split.examples]),
+        tokens=np.array([sum(label != -100 for label in example.labels[1:]) for example in split.examples]),
+        subtask=subtask_names(split),
+    )
 
 
 def subtask_names(split: Split) -> list[str] | None:

@@ -13,6 +13,7 @@ from dataflex.config import RunConfig
 from dataflex.data.examples import Split
 from dataflex.errors import UsageError
 from dataflex.gradients.passes import Pass
+from dataflex.lora import full_value
 from dataflex.model import model_fingerprint
 from dataflex.training.moments import AdamMoments
 
@@ -30,7 +31,7 @@ def describe(
     return {
         "model_name_or_path": config.model_name_or_path,
         "base_model": model_fingerprint(config),
-        "adapter": digest((slot.name, slot.parameter) for slot in run.slots),
+        "adapter": digest((slot.name, full_value(slot.parameter)) for slot in run.slots),
         "dtype": str(run.dtype).removeprefix("torch."),
         "split": split_name,
         "dataset": config.eval_dataset if split_name == "eval" else config.dataset,

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from dataflex import processes
 from dataflex.data.batches import collate, token_batches
 from dataflex.data.examples import Example
 from dataflex.errors import DataflexError
-from dataflex.gradients.capture import row_gradients, row_losses, undisturbed
+from dataflex.gradients.capture import adapter_values, row_gradients, row_losses, undisturbed
 from dataflex.gradients.direction import Direction
 from dataflex.gradients.projection import Projector
 from dataflex.lora import LoraPair, Slot, layout, lora_pairs
+from dataflex.model import device
 from dataflex.progress import SILENT, Progress
 
 # Projected rows of one batch never take more than this many numbers (1 GiB of float32).
@@ -44,7 +46,13 @@ class Pass:
 
     @property
     def device(self) -> torch.device:
-        return self.slots[0].parameter.device
+        # ZeRO-3 may keep parameters elsewhere than where they are computed with
+        return device() if self.shared_weights else self.slots[0].parameter.device
+
+    @property
+    def shared_weights(self) -> bool:
+        """True under ZeRO-3, where every forward pass takes every process."""
+        return hasattr(self.slots[0].parameter, "ds_id")
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.dtype == torch.float32:
@@ -86,24 +94,37 @@ def project_rows(
     progress: Progress = SILENT,
     description: str = "gradients",
 ) -> Iterator[Projected]:
-    """Take every batch's per-row directions through `projector`.
+    """Take this process's share of the batches through `projector`, one batch a turn.
 
-    The model is as it was between the batches as well as at the end.
+    Every process yields as many times: one without a batch left in the last turn yields one of no rows. The
+    model is as it was between the batches as well as at the end.
 
     Raises:
         DataflexError: naming the row whose direction is not finite or all zero.
     """
+    values = [(a.to(run.device), b.to(run.device)) for a, b in adapter_values(run.pairs)]
     with progress.task(description, sum(len(batch) for batch in batches), "rows") as task:
-        for batch in batches:
-            projected = _project_batch(run, [examples[index] for index in batch], direction, projector)
-            _check_vectors(projected, [examples[index] for index in batch])
-            vectors, loss = projected
-            yield Projected(batch, vectors, loss)
-            task.advance(len(batch), loss=loss.mean().item())
+        for turn, batch in enumerate(processes.my_turns(batches)):
+            rows = [examples[index] for index in batch or []]
+            if rows:
+                vectors, loss = _project_batch(run, rows, values, direction, projector)
+                _check_vectors(vectors, rows)
+            else:
+                if run.shared_weights:  # gathering them takes every process
+                    _project_batch(run, [examples[batches[-1][0]]], values, direction, projector)
+                vectors, loss = torch.zeros(0, projector.dim), torch.zeros(0)
+            yield Projected(batch or [], vectors, loss)
+            together = batches[turn * processes.size() : (turn + 1) * processes.size()]
+            shown = {"loss": loss.mean().item()} if rows else {}
+            task.advance(sum(len(batch) for batch in together), **shown)
 
 
 def _project_batch(
-    run: Pass, rows: list[Example], direction: Direction, projector: Projector
+    run: Pass,
+    rows: list[Example],
+    values: list[tuple[torch.Tensor, torch.Tensor]],
+    direction: Direction,
+    projector: Projector,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     inputs = collate(rows, run.pad_token_id)
     vectors = torch.zeros(len(rows), projector.dim, device=run.device)
@@ -116,6 +137,7 @@ def _project_batch(
             run.model,
             run.pairs,
             run.slots,
+            values,
             inputs["input_ids"].to(run.device),
             inputs["labels"].to(run.device),
             on_gradient,
@@ -123,23 +145,28 @@ def _project_batch(
     return vectors, losses.loss
 
 
-def _check_vectors(projected: tuple[torch.Tensor, torch.Tensor], rows: list[Example]) -> None:
-    norms = projected[0].norm(dim=1)
-    for row, norm in zip(rows, norms.tolist(), strict=True):
+def _check_vectors(vectors: torch.Tensor, rows: list[Example]) -> None:
+    for row, norm in zip(rows, vectors.norm(dim=1).tolist(), strict=True):
         if not 0 < norm < float("inf"):
             what = "all zero" if norm == 0 else "not finite"
-            raise DataflexError(f"row {row.row} of {row.dataset}: its gradient is {what}; remove the row or lower the learning rate")
+            raise DataflexError(
+                f"row {row.row} of {row.dataset}: its gradient is {what}; remove the row or lower the learning rate"
+            )
 
 
 def mean_loss(run: Pass, examples: Sequence[Example], progress: Progress = SILENT, description: str = "loss") -> float:
-    """Mean over `examples` of each row's mean cross-entropy; forward passes only, dropout off."""
+    """Mean over `examples` of each row's mean cross-entropy; forward passes only, dropout off, shared by all processes."""
     batches = token_batches([len(example.input_ids) for example in examples], run.token_budget)
-    total = 0.0
+    total = torch.zeros(1, dtype=torch.float64)
     with progress.task(description, len(examples), "rows") as task:
-        for batch in batches:
-            inputs = collate([examples[index] for index in batch], run.pad_token_id)
-            with undisturbed(run.model), run.autocast(), torch.no_grad():
-                losses = row_losses(run.model, inputs["input_ids"].to(run.device), inputs["labels"].to(run.device))
-            total += losses.loss.sum().item()
-            task.advance(len(batch))
-    return total / len(examples)
+        for turn, batch in enumerate(processes.my_turns(batches)):
+            if batch is not None or run.shared_weights:
+                inputs = collate([examples[index] for index in batch or batches[-1][:1]], run.pad_token_id)
+                with undisturbed(run.model), run.autocast(), torch.no_grad():
+                    losses = row_losses(run.model, inputs["input_ids"].to(run.device), inputs["labels"].to(run.device))
+                if batch is not None:
+                    total += losses.loss.sum().item()
+            together = batches[turn * processes.size() : (turn + 1) * processes.size()]
+            task.advance(sum(len(batch) for batch in together))
+    processes.sum_over([total])
+    return total.item() / len(examples)

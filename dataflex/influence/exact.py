@@ -6,6 +6,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dataflex import processes
 from dataflex.data.examples import Example
 from dataflex.gradients.direction import Direction
 from dataflex.gradients.passes import Pass, batches_of, project_rows
@@ -37,6 +38,7 @@ def exact_cosines(
             place = names.index(validation[index].subtask or ONE_SUBTASK)
             queries[place] += vector
             counts[place] += 1
+    processes.sum_over([queries, counts])
     queries /= counts
 
     cosines = np.empty((len(names), len(train)), dtype=np.float32)
@@ -44,5 +46,6 @@ def exact_cosines(
     batches = batches_of(train, run.token_budget, projector.dim)
     for rows in project_rows(run, train, batches, train_direction, projector, progress, "train gradients"):
         products = rows.vectors[:, :-1] / rows.vectors[:, -1:].sqrt()
-        cosines[:, rows.indices] = products.T.cpu().numpy()
-    return names, cosines
+        for indices, values in processes.gather((rows.indices, products.T.cpu().numpy())):
+            cosines[:, indices] = values
+    return names, processes.broadcast(cosines)

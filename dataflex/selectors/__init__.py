@@ -27,8 +27,12 @@ class Situation:
     validation: Split
     moments: AdamMoments
     """Live: after `moments.step` steps, the step before which rows are selected."""
-    folder: Path
-    """Where this selection may keep files."""
+    cache: Path
+    """A folder for this selection's gradient stores."""
+    memory: Path
+    """The run's folder of selections, where a selector may leave `step-<s>.safetensors` for those to come."""
+    past_steps: list[int]
+    """The steps of the selections before this one."""
     progress: Progress
 
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
 
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from dataflex import processes
+from dataflex.files import atomic
 from dataflex.gradients.collect import collect
 from dataflex.gradients.direction import make_direction
 from dataflex.influence.exact import exact_cosines
@@ -13,22 +19,32 @@ from dataflex.selectors import Situation
 
 
 class LessSelector:
-    """Remembers the cosines of former selections, so that scores can sum over them."""
-
-    def __init__(self) -> None:
-        self._cosines: list[np.ndarray] = []
-        self._learning_rates: list[float] = []
+    """Scores sum over the selections so far; each leaves its cosines on disk for those to come, so that a run
+    taken up again remembers as much as one that never stopped."""
 
     def score(self, situation: Situation) -> Scores:
         config = situation.config
         names, cosines = _exact(situation) if config.is_exact else _stored(situation)
-        if not config.accumulate:
-            self._cosines.clear()
-            self._learning_rates.clear()
-        self._cosines.append(cosines)
-        self._learning_rates.append(situation.moments.learning_rate)
-        score, by_subtask = influence(self._cosines, normalise_weights(self._learning_rates), config.reduce)
+        _remember(situation, cosines)
+        steps = [*situation.past_steps, situation.moments.step] if config.accumulate else [situation.moments.step]
+        past = [_recall(situation.memory, step) for step in steps]
+        weights = normalise_weights([learning_rate for _, learning_rate in past])
+        score, by_subtask = influence([values for values, _ in past], weights, config.reduce)
         return scores_of(situation.train.examples, len(config.dataset) > 1, names, score, by_subtask)
+
+
+def _remember(situation: Situation, cosines: np.ndarray) -> None:
+    """Write this selection's cosines [S, N] and learning rate; atomic."""
+    if processes.rank() == 0:
+        rate = {"learning_rate": repr(situation.moments.learning_rate)}
+        with atomic(situation.memory / f"step-{situation.moments.step}.safetensors", "wb") as handle:
+            handle.write(save({"cosines": np.ascontiguousarray(cosines)}, metadata=rate))
+    processes.barrier()
+
+
+def _recall(memory: Path, step: int) -> tuple[np.ndarray, float]:
+    with safe_open(memory / f"step-{step}.safetensors", framework="np") as file:
+        return file.get_tensor("cosines"), float(file.metadata()["learning_rate"])
 
 
 def _exact(situation: Situation) -> tuple[list[str], np.ndarray]:
@@ -46,9 +62,11 @@ def _exact(situation: Situation) -> tuple[list[str], np.ndarray]:
 def _stored(situation: Situation) -> tuple[list[str], np.ndarray]:
     paths = []
     for name, split in (("eval", situation.validation), ("train", situation.train)):
-        path = situation.folder / f"{name}.h5"
-        collect(situation.config, situation.run, split, name, situation.moments, path, situation.progress)
+        path = situation.cache / f"{name}.h5"
+        collect(situation.config, situation.run, split, name, situation.moments, path, situation.progress, cache=True)
         paths.append(path)
+    if processes.rank() > 0:
+        return processes.broadcast(None)
     [(train, validation)] = open_pairs([paths[1]], [paths[0]])
     with train, validation:
-        return stored_cosines(train, validation, situation.progress)
+        return processes.broadcast(stored_cosines(train, validation, situation.progress))

@@ -32,20 +32,33 @@ class AdamMoments:
 
 
 def live_moments(optimizer: torch.optim.Optimizer, slots: list[Slot], step: int, learning_rate: float) -> AdamMoments:
-    """Copies of the moments `optimizer` holds for each slot; zeros before its first step."""
+    """Copies of the moments `optimizer` holds for each slot; zeros before its first step.
+
+    Where DeepSpeed has shared the state out, it is gathered: every process must call this, and gets all of it.
+    """
     group = optimizer.param_groups[0]
     exp_avg, exp_avg_sq = {}, {}
     for slot in slots:
-        state = optimizer.state.get(slot.parameter, {})
         for key, target in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-            held = state.get(key)
-            target[slot.name] = (
-                torch.zeros_like(slot.parameter, dtype=torch.float32, requires_grad=False)
-                if held is None
-                else held.detach().to(torch.float32, copy=True)
-            )
+            target[slot.name] = _state_of(optimizer, slot, key, step)
     beta1, beta2 = group["betas"]
     return AdamMoments(exp_avg, exp_avg_sq, step, learning_rate, float(beta1), float(beta2), float(group["eps"]))
+
+
+def _state_of(optimizer: torch.optim.Optimizer, slot: Slot, key: str, step: int) -> torch.Tensor:
+    parameter = slot.parameter
+    if step == 0:  # no optimizer has made its state yet
+        held = None
+    elif hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # ZeRO 3; ZeRO 1, 2 and bf16
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        held = safe_get_full_optimizer_state(parameter, key)
+    else:
+        held = optimizer.state.get(parameter, {}).get(key)
+    if held is None:  # a parameter that no row has reached
+        held = torch.zeros(slot.size)
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return held.detach().to(torch.float32, copy=True).view(shape)
 
 
 def save_moments(moments: AdamMoments, folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from dataflex import processes
 from dataflex.config import RunConfig, require
 from dataflex.data.examples import Split, load_split
 from dataflex.errors import UsageError
@@ -19,12 +20,14 @@ from dataflex.model import (
     load_adapter,
     load_base_model,
     load_tokenizer,
+    model_fingerprint,
 )
 from dataflex.progress import SILENT, Progress
-from dataflex.provenance import Stopwatch, write_run
+from dataflex.provenance import FILE_NAME, RunRecord, Stopwatch, open_record, origin
 from dataflex.training.plots import plot_loss
+from dataflex.training.resume import forget_later, last_checkpoint, step_of
 from dataflex.training.schedule import random_rows, training_steps, warmup_steps
-from dataflex.training.trainer import fit
+from dataflex.training.trainer import fit, training_arguments
 
 
 def warmup(config: RunConfig, progress: Progress = SILENT) -> Path:
@@ -42,48 +45,78 @@ def train(config: RunConfig, progress: Progress = SILENT) -> Path:
 
 def _train_on_random_rows(config: RunConfig, command: str, progress: Progress, steps: int | None) -> None:
     require(config, command, "model_name_or_path", "dataset", "output_dir")
-    refuse_unsupported(config)
-    check_output_dir(config.output_dir, "output_dir", config.overwrite or config.overwrite_output_dir)
+    check_run_folder(config)
+    processes.join(config.ddp_timeout)
     watch = Stopwatch()
     with watch.phase("data"):
         tokenizer = load_tokenizer(config)
         split = load_split(config, tokenizer, "train", progress)
         validation = load_split(config, tokenizer, "eval", progress) if config.eval_strategy != "no" else None
-    with watch.phase("model"):
-        model = trainable_model(config, split)
+    record = begin(config, command, progress, split, validation)
+    if record.finished:
+        return
     count = len(split.examples)
     rows_per_step = config.rows_per_step
+    args = training_arguments(config, steps or training_steps(config, count))
+    with watch.phase("model"):
+        model = trainable_model(config, split)
     with watch.phase("training"):
         history = fit(
             config,
+            args,
             model,
             tokenizer,
             split.examples,
-            total_steps=steps or training_steps(config, count),
             steps_per_epoch=-(-count // rows_per_step),
             rows_for_step=lambda step, _: random_rows(step, rows_per_step, count, config.seed),
             progress=progress,
             eval_examples=validation.examples if validation else None,
         )
-    if config.plot_loss:
+    if config.plot_loss and processes.rank() == 0:
         plot_loss(history, [], Path(config.output_dir) / "training_loss.png")
-    write_run(config, command, watch, rows=len(split.examples))
+    record.note(finished=True, seconds=watch.seconds, rows=count, steps=args.max_steps)
+
+
+def check_run_folder(config: RunConfig) -> None:
+    """Raise a UsageError unless `output_dir` is new, holds a run that may go on, or may be overwritten."""
+    begun = (Path(config.output_dir) / FILE_NAME).is_file()
+    check_output_dir(config.output_dir, "output_dir", begun or config.overwrite or config.overwrite_output_dir)
+
+
+def begin(
+    config: RunConfig, command: str, progress: Progress, split: Split, validation: Split | None
+) -> RunRecord:
+    """Open the run's record, clear what the last checkpoint does not know of, and say where the run stands."""
+    came_from = origin(
+        config,
+        data=split.hash,
+        eval_data=validation.hash if validation else None,
+        base_model=model_fingerprint(config),
+    )
+    record = open_record(config, command, came_from)
+    output_dir = Path(config.output_dir)
+    if record.finished:
+        progress.say(f"{output_dir}: this run is finished; --overwrite starts it afresh")
+        return record
+    if processes.rank() == 0:
+        step = step_of(last_checkpoint(output_dir))
+        forget_later(output_dir, step)
+        if step:
+            progress.say(f"{output_dir}: going on from step {step}")
+    processes.barrier()
+    return record
 
 
 def trainable_model(config: RunConfig, split: Split) -> torch.nn.Module:
     """The base model on its device with a fresh adapter, or with the one to go on from."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
     base: Any = load_base_model(config, compute_dtype(config))
     check_vocabulary(base, split.examples, config.template)
     if config.adapter_name_or_path is None:
-        return add_lora(base, config).to(device())
-    if len(config.adapter_name_or_path) > 1:
+        model = add_lora(base, config)
+    elif len(config.adapter_name_or_path) > 1:
         raise UsageError("adapter_name_or_path names several adapters; merge all but the last into the model first")
-    return load_adapter(base, config.adapter_name_or_path[0], config).to(device())
-
-
-def refuse_unsupported(config: RunConfig) -> None:
-    """Raise a UsageError for what is accepted in a YAML but cannot be run yet."""
-    if config.deepspeed is not None:
-        raise UsageError("deepspeed: runs under DeepSpeed are not supported yet; remove the key (deepspeed=null)")
-    if config.world_size > 1:
-        raise UsageError("several processes are not supported yet; start one")
+    else:
+        model = load_adapter(base, config.adapter_name_or_path[0], config)
+    return model if is_deepspeed_zero3_enabled() else model.to(device())

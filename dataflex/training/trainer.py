@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from dataflex.data.batches import collate
 from dataflex.data.examples import Example
 from dataflex.lora import layout, lora_pairs
 from dataflex.progress import Progress, Task
-from dataflex.training.moments import AdamMoments, live_moments, save_moments
+from dataflex.training.moments import AdamMoments, live_moments, load_moments, save_moments
+from dataflex.training.resume import last_checkpoint, step_of
 
 RowsForStep = Callable[[int, "RowTrainer"], list[int]]
 """(step about to be taken, trainer) → indices of that step's rows, over all processes."""
@@ -63,6 +64,7 @@ def training_arguments(config: RunConfig, total_steps: int) -> TrainingArguments
         remove_unused_columns=False,
         label_names=["labels"],
         disable_tqdm=True,
+        deepspeed=config.deepspeed,
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
     )
@@ -77,6 +79,7 @@ class RowTrainer(Trainer):
         examples: list[Example],
         rows_for_step: RowsForStep,
         steps_per_epoch: int,
+        save_at: Collection[int],
         task: Task,
         **kwargs: Any,
     ) -> None:
@@ -84,6 +87,7 @@ class RowTrainer(Trainer):
         self.examples = examples
         self.rows_for_step = rows_for_step
         self.steps_per_epoch = steps_per_epoch
+        self.save_at = save_at
         self.last_learning_rate = 0.0
         self.remove_callback(PrinterCallback)
         self.add_callback(RunLog(self, task))
@@ -116,14 +120,15 @@ class RunLog(TrainerCallback):
         self.task = task
         self.started = time.monotonic()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         # read here: once the step is over, the schedule has moved on to the next step's rate
         self.trainer.last_learning_rate = float(optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         self.task.advance(1)
-        if state.global_step >= state.max_steps:
-            control.should_save = True  # the end of the run is a checkpoint, whatever save_strategy says
+        # the end of the run is a checkpoint, whatever save_strategy says
+        if state.global_step >= state.max_steps or state.global_step in self.trainer.save_at:
+            control.should_save = True
         return control
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -160,32 +165,45 @@ def _clock(seconds: float) -> str:
 
 def fit(
     config: RunConfig,
+    args: TrainingArguments,
     model: torch.nn.Module,
     tokenizer: Any,
     examples: list[Example],
     *,
-    total_steps: int,
     steps_per_epoch: int,
     rows_for_step: RowsForStep,
     progress: Progress,
     eval_examples: list[Example] | None = None,
+    save_at: Collection[int] = (),
 ) -> list[dict[str, Any]]:
-    """Train `model`'s adapter, save it with its tokenizer and logs in `output_dir`, and return the log history."""
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    """Train `model`'s adapter, save it with its tokenizer and logs in `output_dir`, and return the log history.
+
+    Goes on from the newest checkpoint in `output_dir`, if there is one: the caller has seen that it is this run's.
+
+    Args:
+        args: `training_arguments(config, steps)`; made before the model, which ZeRO-3 shares out while it loads.
+        save_at: steps after which a checkpoint is written besides those that `save_steps` names.
+    """
+    output_dir = Path(config.output_dir)
+    checkpoint = last_checkpoint(output_dir)
     pad_token_id = tokenizer.pad_token_id
-    with progress.task("training", total_steps, "steps") as task:
+    with progress.task("training", args.max_steps, "steps") as task:
         trainer = RowTrainer(
             model=model,
-            args=training_arguments(config, total_steps),
+            args=args,
             data_collator=lambda rows: collate(rows, pad_token_id),
             eval_dataset=eval_examples if config.eval_strategy != "no" else None,
             processing_class=tokenizer,
             examples=examples,
             rows_for_step=rows_for_step,
             steps_per_epoch=steps_per_epoch,
+            save_at=save_at if config.save_strategy != "no" else (),
             task=task,
         )
-        result = trainer.train()
+        if checkpoint is not None:
+            trainer.last_learning_rate = load_moments(checkpoint).learning_rate
+            task.advance(step_of(checkpoint))
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     trainer.save_model()
     trainer.save_state()
     trainer.save_metrics("train", result.metrics)

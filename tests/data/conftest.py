@@ -23,6 +23,14 @@ def tokenizer(_loaded_tokenizer):
     return copy.deepcopy(_loaded_tokenizer)
 
 
+@pytest.fixture(autouse=True)
+def row_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache for every test; returns its folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder))
+    return folder / "dataflex"
+
+
 @pytest.fixture
 def write_dataset(tmp_path: Path) -> Callable[..., Path]:
     """`write_dataset(name, records, **entry)` adds a file and its entry; returns the file."""

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.data.catalog import find_sources
+from dataflex.data.catalog import find_sources, unread_fields
+from dataflex.data.hub import HubDataset
 from dataflex.data.records import Columns, Tags
 from dataflex.errors import UsageError
 
@@ -60,8 +61,12 @@ def test_an_absolute_file_name_may_lie_anywhere(tmp_path: Path, write_dataset) -
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"hf_hub_url": "x/y"}, "hf_hub_url is not supported here; download the data and give file_name"),
-        ({"script_url": "x"}, "script_url is not supported here"),
+        ({"ms_hub_url": "x/y"}, "ms_hub_url is not supported .*give hf_hub_url, or download it and give file_name"),
+        ({"om_hub_url": "x/y", "file_name": "a.json"}, "om_hub_url is not supported"),
+        ({"script_url": "x"}, "script_url is not supported"),
+        ({"hf_hub_url": "x/y", "subset": 3}, "subset is 3; expected a text"),
+        ({"file_name": "a.json", "split": ["train"]}, "split is .*expected a text"),
+        ({"file_name": "mixed"}, "of several kinds"),
         ({}, "file_name is missing"),
         ({"file_name": "gone.json"}, "no file .*gone.json"),
         ({"file_name": "a.json", "ranking": True}, "ranking data"),
@@ -74,13 +79,16 @@ def test_an_absolute_file_name_may_lie_anywhere(tmp_path: Path, write_dataset) -
         ({"file_name": "a.json", "formatting": "sharegpt", "tags": {}}, "tags must give role_tag"),
         ({"file_name": "a.json", "num_samples": 0}, "num_samples is 0"),
         ({"file_name": "a.json", "num_samples": True}, "num_samples is True"),
-        ({"file_name": "dataset_info.txt"}, "unknown kind"),
+        ({"file_name": "dataset_info.xml"}, "unknown kind"),
         ("a.json", "expected an object, found str"),
     ],
 )
 def test_an_entry_that_cannot_be_used_says_why(tmp_path: Path, entry: object, message: str) -> None:
     (tmp_path / "a.json").write_text(json.dumps(ALPACA))
-    (tmp_path / "dataset_info.txt").write_text("")
+    (tmp_path / "dataset_info.xml").write_text("")
+    (tmp_path / "mixed").mkdir()
+    for name in ("a.json", "b.jsonl", "c.csv"):
+        (tmp_path / "mixed" / name).write_text("")
     (tmp_path / "dataset_info.json").write_text(json.dumps({"a": entry}))
     with pytest.raises(UsageError, match=message) as error:
         find_sources(["a"], tmp_path)
@@ -107,3 +115,33 @@ def test_a_file_of_unknown_fields(tmp_path: Path, text: str, found: str) -> None
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(UsageError, match=f"{found}; expected a field named messages, conversations or instruction"):
         find_sources([str(tmp_path / "x.json")], tmp_path)
+
+
+def test_the_hub_goes_before_a_file(tmp_path: Path) -> None:
+    entry = {
+        "hf_hub_url": "x/y",
+        "ms_hub_url": "x/y",
+        "file_name": "a.json",
+        "subset": "s",
+        "folder": "f",
+        "split": "t",
+    }
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": entry}))
+    (source,) = find_sources(["a"], tmp_path)
+    assert (source.hub, source.split, source.path) == (HubDataset("x/y", "s", "f"), "t", None)
+
+
+@pytest.mark.parametrize(
+    ("columns", "unread"),
+    [
+        (None, {}),
+        ({"prompt": "instruction", "query": "input", "response": "output"}, {}),
+        ({"prompt": "instruction", "response": "output"}, {"input": "query"}),
+        ({"response": "output"}, {"instruction": "prompt", "input": "query"}),
+    ],
+)
+def test_fields_that_naming_columns_leaves_unread(
+    tmp_path: Path, write_dataset, columns: dict | None, unread: dict
+) -> None:
+    write_dataset("a", [{"instruction": "a", "input": "", "output": "b"}], **({"columns": columns} if columns else {}))
+    assert unread_fields(find_sources(["a"], tmp_path)[0]) == unread

@@ -84,6 +84,63 @@ def test_no_row_left_lists_the_reasons(tmp_path: Path, write_dataset, tokenizer)
     ]
 
 
+def test_a_column_that_naming_others_unset_is_said(tmp_path: Path, write_dataset, tokenizer) -> None:
+    write_dataset("bad", [row()], columns={"prompt": "instruction", "query": "input"})
+    with pytest.raises(UsageError, match=r"row 0: no response \(columns leave out response: naming some unsets"):
+        load_split(config(tmp_path, dataset="bad"), tokenizer)
+    write_dataset("half", [row()], columns={"prompt": "instruction", "response": "output"})
+    for _ in range(2):  # also where the rows come from the cache
+        with pytest.warns(UserWarning, match=r"have 'input', which is not read: .*and query is"):
+            load_split(config(tmp_path, dataset="half"), tokenizer)
+
+
+def test_a_tag_that_naming_others_unset_is_said(tmp_path: Path, write_dataset, tokenizer) -> None:
+    turns = [{"from": name, "value": "x"} for name in ("human", "function_call", "observation", "gpt")]
+    tags = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"}
+    records = [{"conversations": turns}, {"conversations": [turns[0], turns[3]]}]
+    write_dataset("t", records, formatting="sharegpt", tags=tags)
+    report = load_split(config(tmp_path, dataset="t"), tokenizer).report
+    assert report.dropped == {
+        "roles do not alternate ('function_call' has no tag: naming some unsets the others)": [0],
+    }
+
+
+@pytest.mark.parametrize(("split", "rows"), [("train[:3]", [0, 1, 2]), ("train[80%:]", [8, 9]), ("train[-1:]", [9])])
+def test_a_slice_of_a_file_keeps_its_row_numbers(
+    tmp_path: Path, write_dataset, tokenizer, split: str, rows: list[int]
+) -> None:
+    write_dataset("many", [row(str(number)) for number in range(10)], split=split)
+    assert [e.row for e in load_split(config(tmp_path, dataset="many"), tokenizer).examples] == rows
+    write_dataset("many", [row()], split="test")
+    with pytest.raises(UsageError, match="split 'test' is not of its file"):
+        load_split(config(tmp_path, dataset="many"), tokenizer)
+
+
+@pytest.mark.parametrize(("val_size", "held"), [(0.25, 5), (7, 7), (1, 1)])
+def test_held_out_rows_are_those_of_train_test_split(
+    tmp_path: Path, write_dataset, tokenizer, val_size: float, held: int
+) -> None:
+    import datasets
+
+    write_dataset("first", [row(str(number)) for number in range(12)])
+    write_dataset("second", [row(str(number)) for number in range(8)])
+    settings = config(tmp_path, dataset="first,second", val_size=val_size, seed=3)
+    train, validation = (load_split(settings, tokenizer, split) for split in ("train", "eval"))
+    expected = datasets.Dataset.from_dict({"row": range(20)}).train_test_split(test_size=held, seed=3)
+    assert [e.row for e in train.examples] == sorted(expected["train"]["row"])
+    assert [e.row for e in validation.examples] == sorted(expected["test"]["row"])
+    assert len(validation.examples) == held
+    assert train.hash != validation.hash != load_split(settings.changed(seed=4), tokenizer, "eval").hash
+
+
+def test_val_size_that_leaves_nothing(tmp_path: Path, write_dataset, tokenizer) -> None:
+    write_dataset("few", [row(), row()])
+    with pytest.raises(UsageError, match="val_size is 2"):
+        load_split(config(tmp_path, dataset="few", val_size=2), tokenizer, "eval")
+    with pytest.raises(ValueError, match="exclude each other"):
+        config(tmp_path, dataset="few", eval_dataset="few", val_size=1)
+
+
 def test_malformed_tools_drop_their_row(tmp_path: Path, write_dataset, tokenizer) -> None:
     turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
     records = [{"conversations": turns, "tools": tools} for tools in ("[]", "not json", "")]
@@ -117,6 +174,6 @@ def test_progress_and_hash(tmp_path: Path, write_dataset, tokenizer) -> None:
             told.append(amount)
 
     before = load_split(config(tmp_path, dataset="a"), tokenizer, progress=Recorder()).hash
-    assert told == [("tokenizing", 2, "rows"), 1, 1]
+    assert told == [("tokenizing", 2, "rows"), 2]
     write_dataset("a", [row(), row(output="c")])
     assert load_split(config(tmp_path, dataset="a"), tokenizer).hash != before

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.data.records import Source, data_hash, first_record, read_records
+from dataflex.data.records import Source, count_records, data_hash, first_record, iter_records, read_records
 from dataflex.errors import UsageError
 
 ROWS = [{"instruction": "a", "output": "b"}, {"instruction": "ü", "output": None}]
@@ -42,6 +42,38 @@ def test_parquet(tmp_path: Path) -> None:
     assert read_records(Source("rows", tmp_path / "rows.parquet")) == ROWS
 
 
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_arrow(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist(ROWS)
+    new = pyarrow.ipc.new_stream if kind == "stream" else pyarrow.ipc.new_file
+    with new(str(tmp_path / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert read_records(Source("rows", tmp_path / "rows.arrow")) == ROWS
+
+
+def test_a_text_file_is_a_record_a_line(tmp_path: Path) -> None:
+    assert read_records(write(tmp_path / "rows.txt", "one\n\ntwo")) == [{"text": line} for line in ("one", "", "two")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "count"),
+    [("a.jsonl", '{"a": 1}\n\n \n{"a": 2}', 2), ("a.json", '[{"a": 1}, {"a": 2}, {}]', 3), ("a.csv", "a\n1\n2\n", 2)],
+)
+def test_records_are_counted_as_they_are_read(tmp_path: Path, name: str, text: str, count: int) -> None:
+    source = write(tmp_path / name, text)
+    assert count_records(source) == len(read_records(source)) == count
+
+
+def test_records_come_one_by_one(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.json", '[{"a": 1}, 2]')
+    records = iter_records(source)
+    assert next(records) == {"a": 1}
+    with pytest.raises(UsageError, match="row 1"):
+        next(records)
+
+
 def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", json.dumps(ROWS[1]))
     write(tmp_path / "a.jsonl", json.dumps(ROWS[0]))
@@ -59,7 +91,8 @@ def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\nnot json\n', "line 2: not JSON"),
         ("a.csv", "a,b\n1\n", "row 0: not as many fields"),
         ("a.parquet", "text", "not a parquet file"),
-        ("a.txt", "text", "unknown kind '.txt'"),
+        ("a.arrow", "text", "not an Arrow file"),
+        ("a.xml", "text", "unknown kind '.xml'"),
     ],
 )
 def test_what_is_no_record_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -5,7 +5,8 @@ import warnings
 import pytest
 
 from dataflex.data.conversations import Conversation, Message
-from dataflex.data.templates import TEMPLATES, encode_turns, find_template, prepare_tokenizer
+from dataflex.data.template_table import EMPTY_THOUGHT, TEMPLATES
+from dataflex.data.templates import Thinking, encode_turns, find_template, prepare_tokenizer
 from dataflex.errors import UsageError
 
 HELLO = Conversation([Message("user", "Hi"), Message("assistant", "Hello")])
@@ -74,3 +75,36 @@ def test_pad_falls_back_to_eos(tokenizer) -> None:
     tokenizer.pad_token = None
     prepare_tokenizer(tokenizer, None)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+THOUGHTFUL = Conversation(
+    [
+        Message("user", "Hi"),
+        Message("assistant", "<think>\none\n</think>\n\nHello"),
+        Message("user", "And?"),
+        Message("assistant", "Bye"),
+    ]
+)
+
+
+@pytest.mark.parametrize(
+    ("thinking", "prompt_end", "responses"),
+    [
+        (Thinking(), "", ["<think>\none\n</think>\n\nHello", EMPTY_THOUGHT + "Bye"]),
+        (Thinking(None), EMPTY_THOUGHT, ["<think>\none\n</think>\n\nHello", "Bye"]),
+        (Thinking(False), EMPTY_THOUGHT, ["Hello", "Bye"]),
+        (Thinking(last_only=True), "", ["Hello", EMPTY_THOUGHT + "Bye"]),
+    ],
+)
+def test_thoughts(tokenizer, thinking: Thinking, prompt_end: str, responses: list[str]) -> None:
+    turns = encode_turns(find_template("qwen3"), tokenizer, THOUGHTFUL, thinking)
+    assert [tokenizer.decode(response) for _, response in turns] == [text + "<|im_end|>\n" for text in responses]
+    assert tokenizer.decode(turns[1][0]).endswith("<|im_start|>assistant\n" + prompt_end)
+    plain = encode_turns(find_template("qwen3_nothink"), tokenizer, THOUGHTFUL, thinking)
+    assert tokenizer.decode(plain[1][1]) == "Bye<|im_end|>\n"
+
+
+def test_every_template_asked_for_is_there() -> None:
+    names = "llama3 llama2 qwen qwen3 chatml smollm2 mistral gemma gemma3 phi4 deepseek3 glm4 yi vicuna alpaca default empty"
+    assert set(names.split()) <= set(TEMPLATES)
+    assert {name for name, template in TEMPLATES.items() if template.efficient_eos} == {"falcon", "gemma2", "glm4"}

@@ -7,7 +7,7 @@ import torch
 
 from dataflex.data.batches import collate
 from dataflex.errors import DataflexError
-from dataflex.gradients.capture import row_gradients, row_losses, undisturbed
+from dataflex.gradients.capture import adapter_values, row_gradients, row_losses, undisturbed
 from dataflex.gradients.passes import make_pass, mean_loss, project_rows
 from dataflex.gradients.projection import Identity
 from dataflex.lora import layout, lora_pairs
@@ -34,6 +34,7 @@ def batched_gradients(model: torch.nn.Module, rows) -> tuple[dict[str, torch.Ten
             model,
             pairs,
             layout(pairs),
+            adapter_values(pairs),
             batch["input_ids"],
             batch["labels"],
             lambda slot, gradient: found.__setitem__(slot.name, gradient.clone()),

@@ -1,0 +1,67 @@
+"""`dataflex inspect`"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dataflex.commands import session as s
+from dataflex.commands.planned import show_data
+
+EXAMPLE = "Example: dataflex inspect alpaca_en_demo examples/demo.yaml"
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="WHAT",
+        help="A store, scores, a subset, a dataset (a name or a file), a checkpoint or an output directory.",
+        show_default=False,
+    ),
+]
+
+
+def inspect(
+    target: Target,
+    arguments: s.Arguments = None,
+    model: s.Model = None,
+    dataset_dir: s.DatasetDir = None,
+    template: s.Template = None,
+    cutoff_len: s.CutoffLen = None,
+    dry_run: s.DryRun = False,
+    as_json: s.Json = False,
+    quiet: s.Quiet = False,
+    overwrite: s.Overwrite = False,
+) -> None:
+    """Say what a file, a folder or a dataset is, what it came from, and whether it is whole.
+
+    With a model, from CONFIG or --model, a dataset is shown as the model will see it: how long its rows are, what
+    is truncated or dropped and why, and one row with the tokens that are learned in colour.
+    """
+    options = {
+        "model_name_or_path": model,
+        "dataset_dir": dataset_dir,
+        "template": template,
+        "cutoff_len": cutoff_len,
+        "overwrite": overwrite,
+    }
+    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+        from dataflex.inspection import inspect as look
+
+        console = session.console
+        found = look(session.config, target, console, keep=not dry_run)
+        console.facts(f"{found.kind} {found.name}", {k.replace("_", " "): _text(v) for k, v in found.facts.items()})
+        if found.data is not None and found.example is not None:
+            show_data(console, {found.kind: {**found.data, "example": found.example}})
+        for problem in found.problems:
+            console.warning(problem)
+        state = "whole" if found.whole else "not whole"
+        console.result([f"{found.name}: {found.kind}, {state}"], {"command": "inspect", **found.as_dict()})
+
+
+def _text(value: object) -> object:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, list):
+        return ", ".join(str(_text(item)) for item in value) or "none"
+    return value

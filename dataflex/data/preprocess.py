@@ -1,0 +1,126 @@
+"""Records into encoded rows, a chunk at a time, in several processes where asked for."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from dataflex.data.conversations import Conversation, Unusable, to_conversation
+from dataflex.data.encoding import UNSUPERVISED, Encoded
+from dataflex.data.records import Source, iter_records
+from dataflex.data.rows import Outcome, as_batch
+
+if TYPE_CHECKING:
+    import pyarrow
+
+CHUNK = 250  # rows that travel together
+NOTHING_SUPERVISED = "no supervised token within cutoff_len"
+
+Item = tuple[int, int, dict[str, Any]]  # row number, which source, record
+Encode = Callable[[Conversation], Encoded]
+
+
+def encode_records(
+    sources: Sequence[Source], places: Sequence[Sequence[int]], encode: Encode, workers: int | None
+) -> Iterator[pyarrow.RecordBatch]:
+    """The chosen records of the sources as batches of rows, in order.
+
+    Args:
+        places: the records used of each source, ascending.
+        encode: from a conversation to tokens.
+        workers: processes that do it, at most one a core; None and 1 are this process.
+    """
+    chunk_encoder = _ChunkEncoder(sources, encode)
+    chunks = _chunked(_items(sources, places), CHUNK)
+    processes = min(workers or 1, available_cores())
+    if processes == 1:
+        return map(chunk_encoder, chunks)
+    return _in_processes(chunk_encoder, chunks, processes)
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_record(sources: Sequence[Source], encode: Encode, item: Item) -> Outcome:
+    """One record as tokens and labels, or the reason why it cannot be used."""
+    row, source, record = item
+    try:
+        encoded = encode(to_conversation(sources[source], record))
+    except Unusable as reason:
+        return Outcome(row, source, reason=str(reason))
+    # The first label has no token before it to be predicted from.
+    supervised = sum(label != UNSUPERVISED for label in encoded.labels[1:])
+    if not supervised:
+        return Outcome(row, source, reason=NOTHING_SUPERVISED)
+    subtask = record.get("subtask")
+    if not isinstance(subtask, str):
+        subtask = sources[source].name if len(sources) > 1 else None
+    ids, labels, truncated, lost_end = encoded
+    return Outcome(row, source, subtask, ids, labels, supervised, truncated, lost_end)
+
+
+class _ChunkEncoder:
+    """A chunk of records as a batch of rows."""
+
+    def __init__(self, sources: Sequence[Source], encode: Encode) -> None:
+        self.sources = sources
+        self.encode = encode
+
+    def __call__(self, chunk: Sequence[Item]) -> pyarrow.RecordBatch:
+        return as_batch([encode_record(self.sources, self.encode, item) for item in chunk])
+
+
+def _items(sources: Sequence[Source], places: Sequence[Sequence[int]]) -> Iterator[Item]:
+    start = 0
+    for number, (source, wanted) in enumerate(zip(sources, places, strict=True)):
+        remaining = iter(wanted)
+        next_wanted, size = next(remaining, None), 0
+        for place, record in enumerate(iter_records(source)):
+            size += 1
+            if place == next_wanted:
+                yield start + place, number, record
+                next_wanted = next(remaining, None)
+        start += size
+
+
+def _chunked(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    items = iter(items)
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+_here: _ChunkEncoder  # in a worker: what it encodes with
+
+
+def _in_processes(
+    chunk_encoder: _ChunkEncoder, chunks: Iterable[list[Item]], processes: int
+) -> Iterator[pyarrow.RecordBatch]:
+    # Forked, so the tokenizer is there at once and a caller's script is not run again; only records travel.
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (chunk_encoder,))
+    pending: deque[Future[pyarrow.RecordBatch]] = deque()
+    try:
+        for chunk in chunks:
+            pending.append(pool.submit(_encode_here, chunk))
+            if len(pending) > 2 * processes:  # few enough that the data is not all read ahead
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(chunk_encoder: _ChunkEncoder) -> None:
+    global _here
+    _here = chunk_encoder
+
+
+def _encode_here(chunk: list[Item]) -> pyarrow.RecordBatch:
+    return _here(chunk)

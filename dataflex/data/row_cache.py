@@ -1,0 +1,102 @@
+"""Encoded rows kept by what they were made from, in the cache folder of `datasets`.
+
+A file's name is a hash of everything its rows depend on, this package's own code included: nothing stale is
+ever read, and nothing need be compared. A file appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataflex.data.rows import Rows, write_batches
+from dataflex.files import atomic
+
+if TYPE_CHECKING:
+    import pyarrow
+    from transformers import PreTrainedTokenizerBase
+
+MakeBatches = Callable[[], Iterable["pyarrow.RecordBatch"]]
+
+
+def cache_dir() -> Path:
+    """Where encoded rows are kept: in the folder in which `datasets` keeps its own."""
+    from huggingface_hub.constants import HF_HOME
+
+    return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets") / "dataflex"
+
+
+def row_key(tokenizer: PreTrainedTokenizerBase, **made_from: Any) -> str | None:
+    """A name for rows made with `tokenizer` from all that is given, None if the tokenizer cannot be told from others.
+
+    Only tokenizers of the `tokenizers` library can be written down whole.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    digest = hashlib.sha256(_code())
+    digest.update(backend.to_str().encode())
+    special = (type(tokenizer).__name__, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template)
+    digest.update(json.dumps([special, made_from], sort_keys=True, default=repr).encode())
+    return digest.hexdigest()
+
+
+def cached_rows(key: str | None, datasets: Sequence[str], make: MakeBatches, *, anew: bool, keep: bool) -> Rows:
+    """The rows kept under `key`, or those that `make` gives.
+
+    Args:
+        datasets: names of the datasets, in order.
+        anew: make them, also where they are kept.
+        keep: keep them if they are made; else, and where the cache cannot be written, their file has no name
+            and ends with the process.
+    """
+    if key is None:
+        return _unnamed_rows(datasets, make)
+    path = cache_dir() / f"{key}.arrow"
+    if path.is_file() and not anew:
+        return Rows(path, datasets)
+    if not keep or not _writable(path.parent):
+        return _unnamed_rows(datasets, make)
+    with _lock(path):
+        if not path.is_file() or anew:  # a process beside this one may have made it meanwhile
+            with atomic(path, "wb") as handle:
+                write_batches(handle, make())
+        return Rows(path, datasets)
+
+
+def _unnamed_rows(datasets: Sequence[str], make: MakeBatches) -> Rows:
+    with tempfile.NamedTemporaryFile(prefix="dataflex-", suffix=".arrow") as handle:
+        write_batches(handle, make())
+        handle.flush()
+        return Rows(Path(handle.name), datasets)
+
+
+def _writable(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process, however that ends."""
+    with open(path.with_suffix(".lock"), "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _code() -> bytes:
+    """A hash of the code that makes rows, and of the library that tokenizes for it."""
+    import tokenizers
+
+    digest = hashlib.sha256(tokenizers.__version__.encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.digest()

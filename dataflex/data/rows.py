@@ -1,0 +1,165 @@
+"""Encoded rows on disk: an Arrow file that is mapped, not read, so a data set may be larger than memory.
+
+Every row that was looked at has its place in the file, the dropped ones with the reason, so the report can
+be had from a cached file as well.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, overload
+
+import numpy as np
+
+from dataflex.data.report import Report
+
+if TYPE_CHECKING:
+    import pyarrow
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row, ready for the model.
+
+    `row` counts through the datasets in the order named, before any row was dropped. `labels` are -100
+    where unsupervised. `subtask` is the record's own, else its dataset's name where several are given.
+    """
+
+    row: int
+    input_ids: list[int]
+    labels: list[int]
+    subtask: str | None
+    dataset: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one row. A dropped row has a `reason` and no tokens."""
+
+    row: int
+    source: int
+    """Which of the datasets, counted from 0."""
+    subtask: str | None = None
+    input_ids: Sequence[int] = ()
+    labels: Sequence[int] = ()
+    supervised: int = 0
+    truncated: bool = False
+    lost_end: bool = False
+    reason: str | None = None
+
+
+class Rows(Sequence[Example]):
+    """The kept rows of an Arrow file as Examples, in row order; each is read when it is asked for."""
+
+    def __init__(self, path: Path, datasets: Sequence[str]) -> None:
+        import pyarrow
+
+        with pyarrow.memory_map(str(path)) as handle:
+            file = pyarrow.ipc.open_file(handle)
+            batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+        self._datasets = list(datasets)
+        self._batches = [_Columns(batch) for batch in batches]
+        self._starts = list(accumulate((len(batch.kept) for batch in self._batches), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        place = range(len(self))[index]  # negative ones count from the end; beyond it is an IndexError
+        number = bisect.bisect_right(self._starts, place) - 1
+        return self._batches[number].example(place - self._starts[number], self._datasets)
+
+    def __iter__(self) -> Iterator[Example]:
+        for batch in self._batches:
+            for place in range(len(batch.kept)):
+                yield batch.example(place, self._datasets)
+
+    def report(self) -> Report:
+        """What became of every row of the file."""
+        report = Report(kept=len(self))
+        for batch in self._batches:
+            report.seen += len(batch.row)
+            report.truncated += int(batch.truncated.sum())
+            report.lost_end += int(batch.lost_end.sum())
+            report.supervised_tokens += int(batch.supervised.sum())
+            report.lengths += np.diff(batch.starts)[batch.kept].tolist()
+            for place in np.flatnonzero(batch.dropped).tolist():
+                report.dropped.setdefault(batch.reason[place].as_py(), []).append(int(batch.row[place]))
+        return report
+
+
+class _Columns:
+    """The columns of one batch as arrays over the mapped bytes."""
+
+    def __init__(self, batch: pyarrow.RecordBatch) -> None:
+        self.row = batch["row"].to_numpy()
+        self.source = batch["source"].to_numpy()
+        self.supervised = batch["supervised"].to_numpy()
+        self.truncated = batch["truncated"].to_numpy(zero_copy_only=False)
+        self.lost_end = batch["lost_end"].to_numpy(zero_copy_only=False)
+        self.subtask, self.reason = batch["subtask"], batch["reason"]
+        self.starts = batch["input_ids"].offsets.to_numpy()
+        self.input_ids = batch["input_ids"].values.to_numpy()
+        self.labels = batch["labels"].values.to_numpy()
+        self.dropped = self.reason.is_valid().to_numpy(zero_copy_only=False)
+        self.kept = np.flatnonzero(~self.dropped)
+
+    def example(self, index: int, datasets: Sequence[str]) -> Example:
+        place = int(self.kept[index])
+        start, end = self.starts[place], self.starts[place + 1]
+        return Example(
+            int(self.row[place]),
+            self.input_ids[start:end].tolist(),
+            self.labels[start:end].tolist(),
+            self.subtask[place].as_py(),
+            datasets[self.source[place]],
+        )
+
+
+def as_batch(outcomes: Sequence[Outcome]) -> pyarrow.RecordBatch:
+    """Rows as a record batch of the file."""
+    import pyarrow
+
+    schema = _schema()
+    arrays = [
+        pyarrow.array([getattr(outcome, field.name) for outcome in outcomes], type=field.type) for field in schema
+    ]
+    return pyarrow.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def write_batches(handle: IO[bytes], batches: Iterable[pyarrow.RecordBatch]) -> None:
+    """Write a whole file of rows, a batch at a time."""
+    import pyarrow
+
+    with pyarrow.ipc.new_file(handle, _schema()) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def _schema() -> pyarrow.Schema:
+    import pyarrow
+
+    tokens = pyarrow.list_(pyarrow.int32())
+    return pyarrow.schema(
+        {
+            "row": pyarrow.int64(),
+            "source": pyarrow.int32(),
+            "subtask": pyarrow.string(),
+            "input_ids": tokens,
+            "labels": tokens,
+            "supervised": pyarrow.int32(),
+            "truncated": pyarrow.bool_(),
+            "lost_end": pyarrow.bool_(),
+            "reason": pyarrow.string(),
+        }
+    )

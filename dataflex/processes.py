@@ -1,0 +1,87 @@
+"""The processes of a run: who this one is, and the few things they say to each other.
+
+One process is a team of one, so callers are written once. The launcher (torchrun, accelerate, SLURM with
+torch's variables, or `--nproc`) sets WORLD_SIZE, RANK and the address; nothing is read but those.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number; 0 is the one that prints and writes shared files."""
+    return int(os.environ.get("RANK", 0))
+
+
+def size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(timeout_s: int = 1800) -> None:
+    """Meet the other processes, once; nothing to do for a team of one."""
+    if size() == 1 or dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        backend = "gloo"
+    # a timedelta cannot hold what some YAMLs ask for, and a day of waiting is a hang
+    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=min(timeout_s, 86400)))
+
+
+def leave() -> None:
+    """Part from the other processes at the end of a command."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(value: T) -> list[T]:
+    """Every process's `value`, in order of rank, on rank 0; an empty list on the others."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] | None = [None] * size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
+
+
+def broadcast(value: T) -> T:
+    """Rank 0's `value`, everywhere."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_over(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace each tensor by its sum over the processes, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def my_turns(items: Sequence[T]) -> list[T | None]:
+    """This process's share of `items`, one a turn, every process with as many turns; None where items run out.
+
+    Items in order of size stay balanced: in each turn the processes hold neighbours.
+    """
+    turns = -(-len(items) // size())
+    places = [turn * size() + rank() for turn in range(turns)]
+    return [items[place] if place < len(items) else None for place in places]

@@ -1,0 +1,60 @@
+"""Taking up a training where it stopped: which checkpoint is whole, and what was written after it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from dataflex.files import write_text
+from dataflex.training.moments import FILE_NAME as MOMENTS
+
+
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The newest checkpoint that training can go on from, or None.
+
+    A checkpoint's moments are written last, so one without them was cut off; it is deleted here. One without
+    optimizer state (`save_only_model`) is whole, but nothing can go on from it.
+    """
+    best: tuple[int, Path] | None = None
+    for folder in output_dir.glob("checkpoint-*"):
+        step = folder.name.removeprefix("checkpoint-")
+        if not step.isdigit():
+            continue
+        if not (folder / MOMENTS).is_file():
+            shutil.rmtree(folder)
+            continue
+        resumable = (folder / "trainer_state.json").is_file() and (
+            (folder / "optimizer.pt").is_file() or any(folder.glob("global_step*"))
+        )
+        if resumable and (best is None or int(step) > best[0]):
+            best = (int(step), folder)
+    return best[1] if best else None
+
+
+def step_of(checkpoint: Path | None) -> int:
+    """The optimizer steps behind a checkpoint; 0 for none."""
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
+
+
+def forget_later(output_dir: Path, step: int) -> None:
+    """Drop the checkpoints, log lines and selections that belong to steps after `step`: they will come again."""
+    for folder in output_dir.glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        if number.isdigit() and int(number) > step:
+            shutil.rmtree(folder)
+    for path in (output_dir / "selections").glob("step-*"):
+        number = path.name.removeprefix("step-").split(".")[0]
+        if number.isdigit() and int(number) > step:
+            path.unlink()
+    log = output_dir / "trainer_log.jsonl"
+    if log.is_file():
+        kept = []
+        for line in log.read_text(encoding="utf-8").splitlines():
+            try:
+                current = json.loads(line)["current_steps"]
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that was being written when the run stopped
+            if current <= step:
+                kept.append(line + "\n")
+        write_text(log, "".join(kept))

@@ -61,9 +61,10 @@ class _Count:
 class Console:
     """The one place that prints. It is also the library's `Progress`."""
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, first: bool = True) -> None:
         self.as_json = as_json
-        self.quiet = quiet
+        self.quiet = quiet = quiet or not first
+        self.first = first
         self.out = sys.stdout  # the session sends what libraries print there to stderr, so keep hold of it
         self.err = RichConsole(stderr=True, quiet=quiet, highlight=False)
         self._progress: Progress | None = None
@@ -137,7 +138,9 @@ class Console:
         self.table(title, [], list(facts.items()))
 
     def result(self, paths: Sequence[Any], facts: dict[str, Any]) -> None:
-        """The result: one path a line, or `facts` as one JSON object."""
+        """The result: one path a line, or `facts` as one JSON object. Of several processes the first prints it."""
+        if not self.first:
+            return
         lines = [json.dumps(facts, ensure_ascii=False)] if self.as_json else paths
         for line in lines:
             print(line, file=self.out, flush=True)

@@ -28,6 +28,7 @@ def dynamic(
     projector: s.Projector = None,
     token_budget: s.TokenBudget = None,
     output_dir: s.OutputDir = None,
+    nproc: s.Nproc = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,
     quiet: s.Quiet = False,
@@ -53,7 +54,7 @@ def dynamic(
         "output_dir": output_dir,
         "overwrite": overwrite,
     }
-    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+    with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
         if dry_run:
             return show_plan(session, "dynamic")
         import dataflex

@@ -26,6 +26,7 @@ def grads(
     store_dtype: s.option(str, "store_dtype", "--store-dtype") = None,
     token_budget: s.TokenBudget = None,
     output: s.Output = None,
+    nproc: s.Nproc = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,
     quiet: s.Quiet = False,
@@ -53,7 +54,7 @@ def grads(
         "output": output,
         "overwrite": overwrite,
     }
-    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+    with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
         if dry_run:
             return show_plan(session, "grads")
         import dataflex

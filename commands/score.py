@@ -22,6 +22,7 @@ def score(
     exact: Annotated[bool, typer.Option("--exact", help=help_of("exact"))] = False,
     checkpoint: s.Checkpoints = None,
     output: s.Output = None,
+    nproc: s.Nproc = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,
     quiet: s.Quiet = False,
@@ -41,7 +42,7 @@ def score(
         "output": output,
         "overwrite": overwrite,
     }
-    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+    with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
         if dry_run:
             return show_plan(session, "score")
         import dataflex

@@ -54,6 +54,9 @@ GradientType = option(str, "gradient_type", "--gradient-type")
 AdamFormula = option(str, "adam_formula", "--adam-formula")
 ProjDim = option(int, "proj_dim", "--proj-dim")
 Projector = option(str, "projector", "--projector")
+Nproc = Annotated[
+    int | None, typer.Option("--nproc", min=1, help="Processes to share the work, one a GPU.", show_default=False)
+]
 TokenBudget = option(int, "token_budget", "--token-budget")
 Reduce = option(str, "reduce", "--reduce")
 
@@ -89,11 +92,26 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def session(arguments: list[str] | None, options: dict[str, Any], *, as_json: bool, quiet: bool) -> Iterator[Session]:
-    """Load the configuration, run the block, and turn whatever goes wrong into one message and an exit code."""
-    from dataflex.config_file import load_config
+def session(
+    arguments: list[str] | None,
+    options: dict[str, Any],
+    *,
+    as_json: bool,
+    quiet: bool,
+    alone: bool = True,
+    nproc: int | None = None,
+) -> Iterator[Session]:
+    """Load the configuration, run the block, and turn whatever goes wrong into one message and an exit code.
 
-    console = Console(as_json=as_json, quiet=quiet)
+    Unless it is to run `alone`, the whole command may be started again in several processes, of which the first
+    prints: `nproc`, or as many as the environment and the configuration ask for.
+    """
+    from dataflex.config_file import load_config
+    from dataflex.launch import end_with_launcher
+
+    end_with_launcher()
+    first = os.environ.get("RANK", "0") == "0"
+    console = Console(as_json=as_json, quiet=quiet, first=first)
     debug = os.environ.get("DATAFLEX_DEBUG") == "1"
     try:
         _quieten_libraries(debug)
@@ -101,11 +119,19 @@ def session(arguments: list[str] | None, options: dict[str, Any], *, as_json: bo
         # by identity: 0 is a value that was given, and equal to False
         given = {key: value for key, value in options.items() if not (value is None or value is False or value == [])}
         with _sigterm_raises(), _warnings_to(console, debug), contextlib.redirect_stdout(sys.stderr):
-            yield Session(load_config(path, overrides, given), console)
+            config = load_config(path, overrides, given)
+            if not alone:
+                _start_processes(config, nproc)
+            yield Session(config, console)
+            if "torch.distributed" in sys.modules:
+                from dataflex import processes
+
+                processes.leave()
     except DataflexError as error:
         if debug:
             raise
-        console.error(str(error))
+        if first or error.exit_code != 2:  # every process finds the same fault in what it was given
+            console.error(str(error))
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         console.error("interrupted; what was committed stays")
@@ -124,6 +150,15 @@ def session(arguments: list[str] | None, options: dict[str, Any], *, as_json: bo
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
         console.error(f"{type(error).__name__}: {reason} (DATAFLEX_DEBUG=1 shows where)")
         raise typer.Exit(1) from None
+
+
+def _start_processes(config: RunConfig, nproc: int | None) -> None:
+    """Start this command again in several processes and end with their exit code, where that is wanted."""
+    from dataflex.launch import launch, launch_arguments
+
+    options = launch_arguments(config, nproc, os.environ)
+    if options is not None:
+        raise typer.Exit(launch(options, sys.argv[1:]))
 
 
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:

@@ -16,6 +16,7 @@ def train(
     template: s.Template = None,
     cutoff_len: s.CutoffLen = None,
     output_dir: s.OutputDir = None,
+    nproc: s.Nproc = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,
     quiet: s.Quiet = False,
@@ -31,7 +32,7 @@ def train(
         "output_dir": output_dir,
         "overwrite": overwrite,
     }
-    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+    with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
         if dry_run:
             return show_plan(session, "train")
         import dataflex

@@ -16,6 +16,7 @@ def warmup(
     template: s.Template = None,
     cutoff_len: s.CutoffLen = None,
     output_dir: s.OutputDir = None,
+    nproc: s.Nproc = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,
     quiet: s.Quiet = False,
@@ -34,7 +35,7 @@ def warmup(
         "output_dir": output_dir,
         "overwrite": overwrite,
     }
-    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+    with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
         if dry_run:
             return show_plan(session, "warmup")
         import dataflex

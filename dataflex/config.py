@@ -35,6 +35,20 @@ def _report_to(value: Any) -> Any:
 
 
 Names = Annotated[list[str], BeforeValidator(_comma_list)]
+LrSchedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "warmup_stable_decay",
+    "greedy",
+]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 # The keys that a component's `params` may set (its `seed` is `proj_seed` here).
@@ -55,9 +69,7 @@ SELECTOR_KEYS = (
 class RunConfig(BaseModel):
     """One run, fully described. Build it with `load_config`, which also reads YAML and components."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
     # --- model -----------------------------------------------------------------------------
     model_name_or_path: str | None = None
@@ -138,7 +150,7 @@ class RunConfig(BaseModel):
     """Passes over the data; in `dynamic`, rounds of its schedule."""
     max_steps: int = -1
     """Optimizer steps in all; overrides the epochs when positive."""
-    lr_scheduler_type: str = "linear"
+    lr_scheduler_type: LrSchedule = "linear"
     """Learning-rate schedule by transformers' name, for instance cosine."""
     lr_scheduler_kwargs: dict[str, Any] | None = None
     """Further arguments of the schedule."""
@@ -217,7 +229,7 @@ class RunConfig(BaseModel):
     eval_gradient_type: Literal["adam", "sgd", "sign"] = "sgd"
     """The same for validation rows."""
     adam_formula: Literal["torch", "dataflex", "less"] = "torch"
-    """Adam's step: bias-corrected as torch takes it, without correction (dataflex), or with epsilon in the root (less)."""
+    """Adam's step: bias-corrected as torch's, without correction (dataflex), or with epsilon in the root (less)."""
     proj_dim: PositiveInt | None = 8192
     """Dimensions a gradient is projected to; null scores exactly and keeps no store."""
     projector: Literal["sketch", "rademacher", "none"] = "sketch"
@@ -325,7 +337,9 @@ def require(config: RunConfig, command: str, *keys: str) -> None:
     missing = [key for key in keys if not getattr(config, key) and not (key == "eval_dataset" and config.val_size)]
     if missing:
         lines = [f"  {key}: {help_of(key)}" for key in missing]
-        raise UsageError(f"{command} needs {', '.join(missing)}; set it in the YAML or as key=value:\n" + "\n".join(lines))
+        raise UsageError(
+            f"{command} needs {', '.join(missing)}; set it in the YAML or as key=value:\n" + "\n".join(lines)
+        )
 
 
 def save_config(config: RunConfig, path: Path) -> None:

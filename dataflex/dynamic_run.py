@@ -23,7 +23,7 @@ from dataflex.provenance import RunRecord, Stopwatch
 from dataflex.selectors import Situation, make_selector
 from dataflex.training.plots import plot_loss
 from dataflex.training.resume import last_checkpoint, step_of
-from dataflex.training.runs import begin, check_run_folder, trainable_model
+from dataflex.training.runs import already_finished, begin, check_run_folder, origin_of, trainable_model
 from dataflex.training.schedule import Schedule, dynamic_schedule, scheduled_rows
 from dataflex.training.trainer import RowTrainer, fit, training_arguments
 
@@ -36,21 +36,22 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
     require(config, "dynamic", "model_name_or_path", "dataset", "eval_dataset", "output_dir")
     check_run_folder(config)
     schedule = dynamic_schedule(config)
-    processes.join(config.ddp_timeout)
+    processes.join(config.ddp_timeout, config.deepspeed is not None)
     watch = Stopwatch()
     with watch.phase("data"):
         tokenizer = load_tokenizer(config)
         train = load_split(config, tokenizer, "train", progress)
         validation = load_split(config, tokenizer, "eval", progress)
         check_selection_size(schedule, train)
-    record = begin(config, "dynamic", progress, train, validation)
     output_dir = Path(config.output_dir)
-    if record.finished:
+    came_from = origin_of(config, "dynamic", train, validation)
+    if already_finished(config, came_from, progress):
         return output_dir
     args = training_arguments(config, schedule.total_steps)
     with watch.phase("model"):
         model = trainable_model(config, train)
         check_vocabulary(model, validation.examples, config.template)
+    record = begin(config, came_from, progress)
     run = make_pass(model, compute_dtype(config), tokenizer.pad_token_id, config.token_budget)
     rounds = _Rounds(config, schedule, run, train, validation, record, progress, watch)
     rounds.recall(step_of(last_checkpoint(output_dir)))
@@ -86,6 +87,7 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
         eval_rows=len(validation.examples),
         eval_loss={**record.facts["eval_loss"], "after": loss_after},
     )
+    processes.barrier()
     return output_dir
 
 
@@ -94,8 +96,9 @@ def check_selection_size(schedule: Schedule, train: Split) -> None:
     needed, there = schedule.rows_per_selection, len(train.examples)
     if schedule.selection_steps and needed > there:
         raise UsageError(
-            f"each selection takes {needed} rows ({schedule.rows_per_step} a step × update_step {schedule.update_step}), "
-            f"but the dataset has {there}; lower update_step or the batch size, or name more data"
+            f"each selection takes {needed} rows ({schedule.rows_per_step} a step × "
+            f"update_step {schedule.update_step}), but the dataset has {there}; "
+            "lower update_step or the batch size, or name more data"
         )
 
 

@@ -53,23 +53,21 @@ def write_jsonl(path: Path | str, records: Iterable[Any]) -> None:
 def read_jsonl(path: Path | str, what: str) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file; a UsageError names `what` it should be, the file and the line."""
     try:
-        handle = open(path, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{what} {path}: {error.strerror or error}") from None
-    with handle:
-        try:
+        with open(path, encoding="utf-8") as handle:
             for number, line in enumerate(handle, start=1):
                 if not line.strip():
                     continue
                 try:
                     record = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UsageError(f"{what} {path}, line {number}: not JSON ({error})") from None
                 if not isinstance(record, dict):
                     raise UsageError(f"{what} {path}, line {number}: expected an object, found {type(record).__name__}")
                 yield record
-        except UnicodeDecodeError as error:
-            raise UsageError(f"{what} {path}: not UTF-8 text ({error.reason})") from None
+    except OSError as error:
+        raise UsageError(f"{what} {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{what} {path}: not UTF-8 text ({error.reason})") from None
 
 
 def check_output_file(path: str | Path, overwrite: bool) -> Path:

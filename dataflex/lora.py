@@ -41,7 +41,9 @@ def linear_names(model: nn.Module) -> list[str]:
     names = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if "Linear" in type(module).__name__ and "lm_head" not in name and not name.startswith(("score", "output_layer"))
+        if "Linear" in type(module).__name__
+        and "lm_head" not in name
+        and not name.startswith(("score", "output_layer"))
     }
     return sorted(names)
 
@@ -94,9 +96,9 @@ def full_value(weight: torch.Tensor) -> torch.Tensor:
     """A parameter's value as float32, gathered from all processes where ZeRO-3 has shared it out. Collective there."""
     if not hasattr(weight, "ds_id"):
         return weight.detach().float()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed import zero
 
-    with GatheredParameters([weight]):
+    with zero.GatheredParameters([weight]):
         return weight.detach().float().clone()
 
 

@@ -155,13 +155,17 @@ def check_adapter_fits(model: nn.Module, path: str | Path) -> None:
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                module_name, _, letter = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+                module_name, _, letter = (
+                    key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+                )
                 shape = tensors.get_slice(key).get_shape()
                 if not module_name:
                     continue
                 layer = modules.get(module_name)
                 if layer is None or not hasattr(layer, "weight"):
-                    raise UsageError(f"adapter {path} does not fit the base model: it adapts {module_name}, which the model lacks")
+                    raise UsageError(
+                        f"adapter {path} does not fit the base model: it adapts {module_name}, which the model lacks"
+                    )
                 out_features, in_features = layer.weight.shape
                 needed, found = (in_features, shape[1]) if letter == "A" else (out_features, shape[0])
                 if needed != found:

@@ -10,7 +10,7 @@ from dataflex.config import RunConfig, require
 from dataflex.data.examples import Split, load_split, split_names
 from dataflex.data.preview import first_row, summary
 from dataflex.errors import UsageError
-from dataflex.files import check_output_dir, check_output_file
+from dataflex.files import check_output_file
 from dataflex.progress import SILENT, Progress
 
 STORE_BYTES = {"float16": 2.0, "float32": 4.0, "int8": 1.0, "int1": 0.125}
@@ -63,7 +63,9 @@ def _check_outputs(config: RunConfig, command: str) -> None:
     if command in TRAINS:
         check_run_folder(config)
     elif command == "merge":
-        check_output_dir(config.export_dir, "export_dir", config.overwrite)
+        from dataflex.merging import check_export_dir
+
+        check_export_dir(config)
     else:
         check_output_file(config.output, config.overwrite or command == "grads")
 
@@ -146,10 +148,7 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
         adapter = sum(slot.size for slot in layout(lora_pairs(add_lora(base, config))))
     vocabulary, itemsize = architecture.get_text_config().vocab_size, compute_dtype(config).itemsize
     result.sizes = {"base_parameters": base_parameters, "adapter_parameters": adapter}
-    if config.projector == "none":
-        dim = adapter
-    else:
-        dim = config.proj_dim or 0
+    dim = adapter if config.projector == "none" else config.proj_dim or 0
     rows = {name: len(split.examples) for name, split in splits.items()}
     if command == "grads" or (command == "dynamic" and not config.is_exact):
         per_row = dim * STORE_BYTES[config.store_dtype] + 17

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from dataflex.errors import UsageError
+
 T = TypeVar("T")
 
 
@@ -27,17 +29,28 @@ def size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join(timeout_s: int = 1800) -> None:
-    """Meet the other processes, once; nothing to do for a team of one."""
-    if size() == 1 or dist.is_initialized():
+def join(timeout_s: int = 1800, deepspeed: bool = False) -> None:
+    """Meet the other processes, once; nothing to do for a team of one without DeepSpeed.
+
+    Raises:
+        UsageError: if DeepSpeed is asked for in a process that no launcher started.
+    """
+    if dist.is_initialized() or (size() == 1 and not deepspeed):
         return
+    if "RANK" not in os.environ:
+        raise UsageError("deepspeed runs in processes that a launcher starts: use the command line, or torchrun")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"
     # a timedelta cannot hold what some YAMLs ask for, and a day of waiting is a hang
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=min(timeout_s, 86400)))
+    timeout = datetime.timedelta(seconds=min(timeout_s, 86400))
+    dist.init_process_group(backend, timeout=timeout)
+    if deepspeed:  # it keeps a view of its own of the group, and needs it before ZeRO-3 loads a model
+        from deepspeed import comm
+
+        comm.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
 
 
 def leave() -> None:

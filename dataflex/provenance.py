@@ -1,8 +1,12 @@
-"""run.json and config.yaml: what a run is, what it came from, how far it got. Written when it starts, completed when it ends."""
+"""run.json and config.yaml: what a run is, what it came from, how far it got.
+
+Written when the run starts, completed when it ends.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import platform
@@ -11,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dataflex import processes
 from dataflex.config import RunConfig, save_config
@@ -20,6 +24,7 @@ from dataflex.files import sha256_of, write_json
 
 LIBRARIES = ("dataflex", "torch", "transformers", "peft", "accelerate", "datasets", "h5py", "deepspeed")
 FILE_NAME = "run.json"
+LOCK_NAME = ".lock"
 
 # Keys that say where and how to run, not what comes out.
 INCIDENTAL = {
@@ -90,11 +95,13 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
-def origin(config: RunConfig, **facts: Any) -> dict[str, Any]:
-    """Everything that decides what a run comes to: its keys but the incidental ones, and `facts` about its inputs."""
+def origin(config: RunConfig, command: str, **facts: Any) -> dict[str, Any]:
+    """Everything that decides what a run comes to, as JSON holds it: its keys but the incidental ones, and `facts`
+    about its inputs."""
     keys = {key: value for key, value in config.model_dump().items() if key not in INCIDENTAL}
     adapters = [sha256_of(Path(path) / "adapter_model.safetensors") for path in config.adapter_name_or_path or []]
-    return {**keys, "rows_per_step": config.rows_per_step, "adapters": adapters, **facts}
+    facts = {"command": command, **keys, "rows_per_step": config.rows_per_step, "adapters": adapters, **facts}
+    return json.loads(json.dumps(facts))
 
 
 class RunRecord:
@@ -103,6 +110,7 @@ class RunRecord:
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder
         self.facts = facts
+        self.locked: IO[bytes] | None = None
 
     @property
     def finished(self) -> bool:
@@ -113,6 +121,8 @@ class RunRecord:
         self.facts.update(facts)
         if processes.rank() == 0:
             write_json(self.folder / FILE_NAME, self.facts)
+        if self.finished and self.locked is not None:
+            self.locked.close()
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -133,29 +143,52 @@ def read_record(folder: Path) -> RunRecord | None:
     return RunRecord(folder, facts)
 
 
-def open_record(config: RunConfig, command: str, came_from: Mapping[str, Any]) -> RunRecord:
-    """Begin a run in `output_dir`, or take up the one that was begun there.
+def lock(folder: Path) -> IO[bytes]:
+    """Keep any other run out of `folder` for as long as the returned file is open.
+
+    Raises:
+        UsageError: if another run is in it now.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = (folder / LOCK_NAME).open("ab")
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise UsageError(f"output_dir {folder}: another run is writing there; wait for it, or name another") from None
+    return handle
+
+
+def find_record(config: RunConfig, came_from: Mapping[str, Any]) -> RunRecord | None:
+    """The record of the run that was begun in `output_dir`, None for a fresh start. Writes nothing.
 
     Raises:
         UsageError: if what was begun there is another run, naming what differs.
     """
-    folder = Path(config.output_dir)
-    came_from = json.loads(json.dumps({"command": command, **came_from}))  # as it reads back: tuples are lists
-    fresh = config.overwrite or config.overwrite_output_dir
-    record = None if fresh else read_record(folder)
-    processes.barrier()  # every process has looked before the first one writes
+    if config.overwrite or config.overwrite_output_dir:
+        return None
+    record = read_record(Path(config.output_dir))
     if record is not None:
         _check_same_run(record, came_from)
-        return record
-    record = RunRecord(folder, {"command": command, "finished": False, "origin": came_from})
-    if processes.rank() == 0:
-        for pattern in REMAINS:
-            for path in folder.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-    record.note(versions=versions(), device=device_name(), processes=processes.size())
-    processes.barrier()
+    return record
+
+
+def open_record(config: RunConfig, came_from: Mapping[str, Any]) -> RunRecord:
+    """Begin a run in `output_dir`, or take up the one that was begun there. Every process calls this."""
+    folder = Path(config.output_dir)
+    locked = lock(folder) if processes.rank() == 0 else None
+    record = find_record(config, came_from)
+    processes.barrier()  # every process has looked before the first one writes
+    if record is None:
+        record = RunRecord(folder, {"command": came_from["command"], "finished": False, "origin": dict(came_from)})
+        if processes.rank() == 0:
+            for pattern in REMAINS:
+                for path in folder.glob(pattern):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            save_config(config, folder / "config.yaml")
+        record.note(versions=versions(), device=device_name(), processes=processes.size())
+        processes.barrier()
+    record.locked = locked
     return record
 
 

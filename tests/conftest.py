@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,9 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; commands inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and a tiny model gains nothing from threads
+
+# what tests encode stays out of the user's cache of encoded rows
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dataflex-tests-")
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "SmolLM2-135M-Instruct"

@@ -83,7 +83,11 @@ def options(tiny_model_dir: Path, data_dir: Path, tmp_path: Path) -> dict:
 def outcome(folder: Path) -> tuple[dict, dict, list]:
     picks = {path.name: path.read_text() for path in (folder / "selections").glob("step-*.jsonl")}
     log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
-    return load_file(folder / "adapter_model.safetensors"), picks, [(line["current_steps"], line["loss"]) for line in log]
+    return (
+        load_file(folder / "adapter_model.safetensors"),
+        picks,
+        [(line["current_steps"], line["loss"]) for line in log],
+    )
 
 
 def assert_same(one: tuple, other: tuple) -> None:

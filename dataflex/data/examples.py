@@ -108,6 +108,7 @@ def load_split(
     report = rows.report()
     if not rows:
         raise UsageError(_nothing_left(_key_of(config, split), names, report))
+    progress.say(report.summary(f"{split} data"))
     return Split(rows, report, content)
 
 

@@ -25,6 +25,15 @@ class Report:
     dropped: dict[str, list[int]] = field(default_factory=dict)
     """Row numbers of the rows that cannot be used, by reason."""
 
+    def summary(self, name: str) -> str:
+        """The counts in one line, with the first row of each reason."""
+        parts = [f"{name}: {self.kept} of {self.seen} rows"]
+        for reason, rows in self.dropped.items():
+            parts.append(f"{len(rows)} dropped, {reason} (first: row {rows[0]})")
+        if self.truncated:
+            parts.append(f"{self.truncated} truncated, {self.lost_end} of them without their end")
+        return "; ".join(parts)
+
     def length_quantile(self, share: float) -> int:
         """The length that `share` (0 to 1) of the kept rows do not exceed; 0 without rows."""
         if not self.lengths:

@@ -85,7 +85,10 @@ def row_losses(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) 
 
 
 def adapter_values(pairs: list[LoraPair]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The pairs' A [r, in] and B [out, r] as float32; a model that stands still needs them once. Collective under ZeRO-3."""
+    """The pairs' A [r, in] and B [out, r] as float32; a model that stands still needs them once.
+
+    Collective under ZeRO-3.
+    """
     return [(full_value(pair.weight_a), full_value(pair.weight_b)) for pair in pairs]
 
 
@@ -101,7 +104,8 @@ def row_gradients(
     """Hand every row's gradient of every LoRA tensor to `on_gradient`, pair by pair, as backward meets them.
 
     Run it inside `undisturbed`. `slots` is `layout(pairs)`, `values` is `adapter_values(pairs)`; the rest are
-    the arguments of `row_losses`. A layer that took no part in the pass (an expert no token was sent to) has gradient zero.
+    the arguments of `row_losses`. A layer that took no part in the pass (an expert no token was sent to) has
+    gradient zero.
 
     Raises:
         UsageError: if a layer is used twice in one pass; its gradients would arrive in parts.

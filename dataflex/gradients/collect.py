@@ -37,6 +37,7 @@ def grads(config: RunConfig, progress: Progress = SILENT) -> Path:
     path = Path(config.output)
     check_output_file(path, overwrite=True)
 
+    processes.join(config.ddp_timeout)
     checkpoint = Path(config.checkpoint[0])
     tokenizer = load_tokenizer(config)
     split = load_split(config, tokenizer, config.split, progress)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dataflex.config import RunConfig
-from dataflex.data.examples import Split
+from dataflex.data.examples import Split, split_names
 from dataflex.errors import UsageError
 from dataflex.gradients.passes import Pass
 from dataflex.lora import full_value
@@ -24,7 +24,13 @@ PROJECTION_KEYS = ("base_model", "adapter", "dtype", "projector", "proj_dim", "p
 
 
 def describe(
-    config: RunConfig, run: Pass, split: Split, split_name: str, moments: AdamMoments | None, step: int, learning_rate: float
+    config: RunConfig,
+    run: Pass,
+    split: Split,
+    split_name: str,
+    moments: AdamMoments | None,
+    step: int,
+    learning_rate: float,
 ) -> dict[str, Any]:
     """The manifest of a store of `split`'s directions at `run`'s parameters."""
     gradient_type = config.eval_gradient_type if split_name == "eval" else config.gradient_type
@@ -34,7 +40,7 @@ def describe(
         "adapter": digest((slot.name, full_value(slot.parameter)) for slot in run.slots),
         "dtype": str(run.dtype).removeprefix("torch."),
         "split": split_name,
-        "dataset": config.eval_dataset if split_name == "eval" else config.dataset,
+        "dataset": split_names(config, split_name),
         "datasets": dataset_starts(split),
         "data": split.hash,
         "template": config.template,

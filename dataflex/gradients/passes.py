@@ -155,7 +155,7 @@ def _check_vectors(vectors: torch.Tensor, rows: list[Example]) -> None:
 
 
 def mean_loss(run: Pass, examples: Sequence[Example], progress: Progress = SILENT, description: str = "loss") -> float:
-    """Mean over `examples` of each row's mean cross-entropy; forward passes only, dropout off, shared by all processes."""
+    """Mean over `examples` of each row's mean cross-entropy: forward passes only, shared by all processes."""
     batches = token_batches([len(example.input_ids) for example in examples], run.token_budget)
     total = torch.zeros(1, dtype=torch.float64)
     with progress.task(description, len(examples), "rows") as task:

@@ -59,7 +59,9 @@ class GradientStore:
             if attributes.get("format") != FORMAT:
                 raise UsageError(f"gradient store {path}: not a gradient store; write one with `dataflex grads`")
             if attributes.get("version") != VERSION:
-                raise UsageError(f"gradient store {path}: format version {attributes.get('version')}, expected {VERSION}")
+                raise UsageError(
+                    f"gradient store {path}: format version {attributes.get('version')}, expected {VERSION}"
+                )
             self.manifest: dict[str, Any] = json.loads(attributes["manifest"])
             self.dtype: str = self.manifest["store_dtype"]
             self.dim: int = self.manifest["proj_dim"]
@@ -130,8 +132,8 @@ class GradientStore:
         if not done.all():
             missing = self.row[done == 0]
             raise UsageError(
-                f"gradient store {self.path}: {len(missing)} of {len(self)} rows are not done (first: row {missing[0]}); "
-                "run the same `dataflex grads` command again to finish it"
+                f"gradient store {self.path}: {len(missing)} of {len(self)} rows are not done "
+                f"(first: row {missing[0]}); run the same `dataflex grads` command again to finish it"
             )
 
 
@@ -171,7 +173,9 @@ def create_store(
             file["tokens"] = tokens.astype(np.int32)
             if subtask is not None:
                 longest = max(len(name.encode()) for name in subtask)
-                file.create_dataset("subtask", data=[n.encode() for n in subtask], dtype=h5py.string_dtype("utf-8", longest))
+                file.create_dataset(
+                    "subtask", data=[n.encode() for n in subtask], dtype=h5py.string_dtype("utf-8", longest)
+                )
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -188,6 +192,7 @@ def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any) ->
     properties.set_layout(h5py.h5d.CONTIGUOUS)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    properties.set_obj_track_times(False)  # equal runs make equal bytes, whenever they start
     space = h5py.h5s.create_simple(shape)
     h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, properties)
 
@@ -202,7 +207,8 @@ class StoreWriter:
             datasets = {name: store._file[name] for name in ("gradients", "norm", "loss", "done")}
             self._places = {name: data.id.get_offset() for name, data in datasets.items()}
             self._strides = {
-                name: data.dtype.itemsize * int(np.prod(data.shape[1:], dtype=np.int64)) for name, data in datasets.items()
+                name: data.dtype.itemsize * int(np.prod(data.shape[1:], dtype=np.int64))
+                for name, data in datasets.items()
             }
         self.path = path
         self._handle = os.open(path, os.O_RDWR)
@@ -211,7 +217,9 @@ class StoreWriter:
             fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self._handle)
-            raise UsageError(f"gradient store {path}: another process is writing it; wait for it, or name another file") from None
+            raise UsageError(
+                f"gradient store {path}: another process is writing it; wait for it, or name another file"
+            ) from None
 
     def write(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray) -> None:
         """Commit rows: `vectors` [n, k] float32 (made unit here), `loss` [n]; on disk when this returns."""

@@ -170,7 +170,9 @@ def read_scores(path: str | Path) -> Scores:
         row, score = record.get("row"), record.get("score")
         whole = isinstance(row, int) and not isinstance(row, bool) and row >= 0
         if not whole or isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise UsageError(f'scores {path}, record {number}: expected {{"row": 17, "score": 0.01}}, found {str(record)[:80]}')
+            raise UsageError(
+                f'scores {path}, record {number}: expected {{"row": 17, "score": 0.01}}, found {str(record)[:80]}'
+            )
         if row in seen:
             raise UsageError(f"scores {path}, record {number}: row {row} stands twice")
         seen.add(row)

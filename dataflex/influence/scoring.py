@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dataflex import processes
 from dataflex.config import RunConfig, require
 from dataflex.data.examples import load_split
 from dataflex.errors import UsageError
@@ -30,7 +31,10 @@ def score(config: RunConfig, progress: Progress = SILENT) -> Path:
     path = check_output_file(config.output, config.overwrite)
     if config.exact and (config.train_stores or config.eval_stores):
         raise UsageError("exact scores need no stores; give either --exact with --checkpoint, or --train and --eval")
-    write_scores(_exact_scores(config, progress) if config.exact else _stored_scores(config, progress), path)
+    scores = _exact_scores(config, progress) if config.exact else _stored_scores(config, progress)
+    if processes.rank() == 0:
+        write_scores(scores, path)
+    processes.barrier()
     return path
 
 
@@ -47,6 +51,7 @@ def _stored_scores(config: RunConfig, progress: Progress) -> Scores:
 
 def _exact_scores(config: RunConfig, progress: Progress) -> Scores:
     require(config, "score --exact", "model_name_or_path", "dataset", "eval_dataset", "checkpoint")
+    processes.join(config.ddp_timeout)
     checkpoints = [Path(checkpoint) for checkpoint in config.checkpoint]
     moments = [load_moments(checkpoint) for checkpoint in checkpoints]
     rates = [held.learning_rate if held else config.learning_rate for held in moments]

@@ -66,5 +66,8 @@ def select(config: RunConfig, progress: Progress = SILENT) -> Path:
         for record, index in zip(records, chosen, strict=True):
             record["dataflex"] = {"row": int(scores.row[index]), "score": float(scores.score[index])}
     write_jsonl(path, records)
-    progress.say(f"{len(records)} of {len(scores.row)} scored rows selected, scores {scores.score[chosen[-1]]:.4g} to {scores.score[chosen[0]]:.4g}")
+    progress.say(
+        f"{len(records)} of {len(scores.row)} scored rows selected, "
+        f"scores {scores.score[chosen[-1]]:.4g} to {scores.score[chosen[0]]:.4g}"
+    )
     return path

@@ -33,7 +33,9 @@ def stored_cosines(
     return names, cosines
 
 
-def open_pairs(train: Sequence[str | Path], validation: Sequence[str | Path]) -> list[tuple[GradientStore, GradientStore]]:
+def open_pairs(
+    train: Sequence[str | Path], validation: Sequence[str | Path]
+) -> list[tuple[GradientStore, GradientStore]]:
     """The stores of each checkpoint, checked to be whole and comparable.
 
     Raises:
@@ -42,7 +44,8 @@ def open_pairs(train: Sequence[str | Path], validation: Sequence[str | Path]) ->
     """
     if len(train) != len(validation):
         raise UsageError(
-            f"{len(train)} training stores and {len(validation)} validation stores; give one of each per checkpoint, in order"
+            f"{len(train)} training stores and {len(validation)} validation stores; "
+            "give one of each per checkpoint, in order"
         )
     pairs = [(open_store(first), open_store(second)) for first, second in zip(train, validation, strict=True)]
     for ours, theirs in pairs:

@@ -23,7 +23,7 @@ from dataflex.model import (
     model_fingerprint,
 )
 from dataflex.progress import SILENT, Progress
-from dataflex.provenance import FILE_NAME, RunRecord, Stopwatch, open_record, origin
+from dataflex.provenance import FILE_NAME, LOCK_NAME, RunRecord, Stopwatch, find_record, open_record, origin
 from dataflex.training.plots import plot_loss
 from dataflex.training.resume import forget_later, last_checkpoint, step_of
 from dataflex.training.schedule import random_rows, training_steps, warmup_steps
@@ -46,20 +46,21 @@ def train(config: RunConfig, progress: Progress = SILENT) -> Path:
 def _train_on_random_rows(config: RunConfig, command: str, progress: Progress, steps: int | None) -> None:
     require(config, command, "model_name_or_path", "dataset", "output_dir")
     check_run_folder(config)
-    processes.join(config.ddp_timeout)
+    processes.join(config.ddp_timeout, config.deepspeed is not None)
     watch = Stopwatch()
     with watch.phase("data"):
         tokenizer = load_tokenizer(config)
         split = load_split(config, tokenizer, "train", progress)
         validation = load_split(config, tokenizer, "eval", progress) if config.eval_strategy != "no" else None
-    record = begin(config, command, progress, split, validation)
-    if record.finished:
+    came_from = origin_of(config, command, split, validation)
+    if already_finished(config, came_from, progress):
         return
     count = len(split.examples)
     rows_per_step = config.rows_per_step
     args = training_arguments(config, steps or training_steps(config, count))
     with watch.phase("model"):
         model = trainable_model(config, split)
+    record = begin(config, came_from, progress)
     with watch.phase("training"):
         history = fit(
             config,
@@ -79,26 +80,41 @@ def _train_on_random_rows(config: RunConfig, command: str, progress: Progress, s
 
 def check_run_folder(config: RunConfig) -> None:
     """Raise a UsageError unless `output_dir` is new, holds a run that may go on, or may be overwritten."""
-    begun = (Path(config.output_dir) / FILE_NAME).is_file()
-    check_output_dir(config.output_dir, "output_dir", begun or config.overwrite or config.overwrite_output_dir)
+    folder = Path(config.output_dir)
+    begun = (folder / FILE_NAME).is_file() or (
+        folder.is_dir() and {path.name for path in folder.iterdir()} == {LOCK_NAME}
+    )
+    check_output_dir(folder, "output_dir", begun or config.overwrite or config.overwrite_output_dir)
 
 
-def begin(
-    config: RunConfig, command: str, progress: Progress, split: Split, validation: Split | None
-) -> RunRecord:
-    """Open the run's record, clear what the last checkpoint does not know of, and say where the run stands."""
-    came_from = origin(
+def origin_of(config: RunConfig, command: str, split: Split, validation: Split | None) -> dict[str, Any]:
+    """What this run comes from; another origin is another run."""
+    return origin(
         config,
+        command,
         data=split.hash,
         eval_data=validation.hash if validation else None,
         base_model=model_fingerprint(config),
     )
-    record = open_record(config, command, came_from)
-    output_dir = Path(config.output_dir)
-    if record.finished:
-        progress.say(f"{output_dir}: this run is finished; --overwrite starts it afresh")
-        return record
+
+
+def already_finished(config: RunConfig, came_from: dict[str, Any], progress: Progress) -> bool:
+    """True, and said, if `output_dir` holds this run complete. Raises a UsageError if it holds another run."""
+    record = find_record(config, came_from)
+    if record is None or not record.finished:
+        return False
+    progress.say(f"{config.output_dir}: this run is finished; --overwrite starts it afresh")
+    return True
+
+
+def begin(config: RunConfig, came_from: dict[str, Any], progress: Progress) -> RunRecord:
+    """Open the run's record, clear what the last checkpoint does not know of, and say where the run stands.
+
+    The first thing a run writes; whatever can be wrong with its configuration has shown by now.
+    """
+    record = open_record(config, came_from)
     if processes.rank() == 0:
+        output_dir = Path(config.output_dir)
         step = step_of(last_checkpoint(output_dir))
         forget_later(output_dir, step)
         if step:

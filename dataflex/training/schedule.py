@@ -43,7 +43,7 @@ class Schedule:
 
 
 def dynamic_schedule(config: RunConfig) -> Schedule:
-    """The schedule that `config` asks of `dynamic`: ceil(num_train_epochs × E) steps, capped by max_steps and train_step."""
+    """The schedule `config` asks of `dynamic`: ceil(num_train_epochs × E) steps, capped by max_steps and train_step."""
     round_steps = config.warmup_step + config.update_step * config.update_times
     if round_steps == 0:
         raise UsageError("warmup_step is 0 and update_times is 0: the run has no steps; raise one of them")
@@ -82,7 +82,9 @@ def random_rows(step: int, rows_per_step: int, count: int, seed: int) -> list[in
     return rows
 
 
-def scheduled_rows(schedule: Schedule, step: int, count: int, seed: int, selections: Mapping[int, Sequence[int]]) -> list[int]:
+def scheduled_rows(
+    schedule: Schedule, step: int, count: int, seed: int, selections: Mapping[int, Sequence[int]]
+) -> list[int]:
     """Indices step `step` of a `dynamic` run trains on: random ones, or its share of the shuffled selection."""
     selected_at = schedule.selection_of(step)
     if selected_at is None:

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from dataflex.config import RunConfig
 from dataflex.data.batches import collate
 from dataflex.data.examples import Example
+from dataflex.errors import UsageError
 from dataflex.lora import layout, lora_pairs
 from dataflex.progress import Progress, Task
 from dataflex.training.moments import AdamMoments, live_moments, load_moments, save_moments
@@ -26,10 +27,14 @@ RowsForStep = Callable[[int, "RowTrainer"], list[int]]
 
 
 def training_arguments(config: RunConfig, total_steps: int) -> TrainingArguments:
-    """The YAML's training keys under transformers 5's names."""
+    """The YAML's training keys under transformers 5's names.
+
+    Raises:
+        UsageError: with what transformers has to say of a value it does not take.
+    """
     warmup = config.warmup_steps or config.warmup_ratio  # a value below 1 is a share there, too
     eval_steps = config.eval_steps or config.logging_steps
-    return TrainingArguments(
+    values = dict(
         output_dir=config.output_dir,
         seed=config.seed,
         max_steps=total_steps,
@@ -68,6 +73,10 @@ def training_arguments(config: RunConfig, total_steps: int) -> TrainingArguments
         dataloader_pin_memory=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
     )
+    try:
+        return TrainingArguments(**values)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"training keys: {str(error).strip().splitlines()[0]}") from error
 
 
 class RowTrainer(Trainer):

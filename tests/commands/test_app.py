@@ -37,7 +37,7 @@ def test_help_needs_no_heavy_import():
     code = (
         "import sys; from typer.testing import CliRunner; from dataflex.commands.app import app; "
         "print(CliRunner().invoke(app, ['--help']).exit_code); "
-        "print([name for name in ('torch', 'transformers', 'peft', 'h5py', 'datasets', 'matplotlib') if name in sys.modules])"
+        "print([name for name in ('torch', 'transformers', 'peft', 'h5py', 'matplotlib') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split("\n")[:2] == ["0", "[]"]
@@ -147,11 +147,11 @@ def test_zero_is_a_value(bench: Path, cli):
     assert [json.loads(line)["dataflex"]["row"] for line in Path("new.jsonl").read_text().splitlines()] == [4, 3, 2]
 
 
-def test_an_interrupted_store_is_gone_on_with_to_the_same_bytes(bench: Path, data_dir: Path, run_cli):
+def test_an_interrupted_store_is_gone_on_with_to_the_same_bytes(bench: Path, data_dir: Path, cli):
     """SIGINT, SIGTERM and SIGKILL one after the other; what was committed stays, and the end is the same."""
     args = ["grads", "run.yaml", "--checkpoint", CHECKPOINT, "--dataset", "alpaca_en_demo", "--dataset-dir", data_dir]
-    args += ["max_samples=240", "token_budget=96", "proj_dim=4096"]  # many small batches, so that it can be caught
-    run_cli(*args, "-o", "whole.h5")
+    args += ["max_samples=120", "token_budget=96"]  # many small batches, so that it can be caught
+    assert cli(*args, "-o", "whole.h5").exit_code == 0
 
     committed = 0
     for number, code, says in (
@@ -161,7 +161,7 @@ def test_an_interrupted_store_is_gone_on_with_to_the_same_bytes(bench: Path, dat
     ):
         process = start(*args, "-o", "cut.h5")
         try:
-            wait_for_rows(process, Path("cut.h5"), committed + 10)
+            wait_for_rows(process, Path("cut.h5"), committed + 5)
             process.send_signal(number)
             stdout, stderr = process.communicate(timeout=60)
         finally:
@@ -170,20 +170,18 @@ def test_an_interrupted_store_is_gone_on_with_to_the_same_bytes(bench: Path, dat
         assert says in stderr and "Traceback" not in stderr
         with h5py.File("cut.h5", "r") as file:  # plain h5py
             done = file["done"][:]
-        assert committed + 10 <= done.sum() < 240
+        assert committed + 5 <= done.sum() < 120
         committed = int(done.sum())
         with open_store("cut.h5") as cut, open_store("whole.h5") as whole:
             rows = np.flatnonzero(done)
             np.testing.assert_array_equal(cut[rows], whole[rows])
 
-    before = Path("cut.h5").read_bytes()
-    run_cli(*args, "-o", "cut.h5")
-    assert Path("cut.h5").read_bytes() != before
+    assert Path("cut.h5").read_bytes() != Path("whole.h5").read_bytes()
+    assert cli(*args, "-o", "cut.h5").exit_code == 0
     assert Path("cut.h5").read_bytes() == Path("whole.h5").read_bytes()
 
     modified = Path("cut.h5").stat().st_mtime_ns
-    run_cli(*args, "-o", "cut.h5")  # nothing is left to do
-    assert Path("cut.h5").read_bytes() == Path("whole.h5").read_bytes()
+    assert cli(*args, "-o", "cut.h5").exit_code == 0  # nothing is left to do
     assert Path("cut.h5").stat().st_mtime_ns == modified
 
 

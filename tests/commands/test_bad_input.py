@@ -110,6 +110,7 @@ BAD_CONFIG = {
     "components malformed": Case(
         f"{DYNAMIC} components_cfg_file=parts.yaml", ("parts.yaml, line 1",), text("parts.yaml", "{")
     ),
+    "unknown schedule": Case(f"{TRAIN} lr_scheduler_type=cosin", ("lr_scheduler_type", "'cosine'", "'cosin'")),
     "negative number": Case(f"{TRAIN} --cutoff-len -5", ("cutoff_len", "greater than 0", "-5")),
     "a word for a number": Case(f"{TRAIN} lora_rank=many", ("lora_rank", "integer", "many")),
     "keys at odds": Case(f"{TRAIN} bf16=true fp16=true", ("bf16 and fp16", "keep one")),
@@ -121,7 +122,6 @@ BAD_MODEL = {
     "model directory without config": Case(f"{TRAIN} --model data", ("data has no config.json", "whole model")),
     "model unknown": Case(f"{TRAIN} --model nobody/nothing", ("nobody/nothing", "local folder")),
     "gguf missing": Case(f"{TRAIN} --model gone.gguf", ("gone.gguf", "no file")),
-    "module unknown": Case(f"{TRAIN} lora_target=qproj", ("qproj", "q_proj")),
 }
 
 BAD_DATA = {

@@ -48,6 +48,18 @@ def test_a_template_that_words_the_last_turn_otherwise(tokenizer) -> None:
     assert second[1].endswith("d<|im_end|>\n")
 
 
+def test_thinking_turned_off_is_told_to_the_template(tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ '()' if m.role == 'assistant' and enable_thinking is false }}"
+        "{{ m.content }}.{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{{ '()' if enable_thinking is false }}{% endif %}"
+    )
+    for setting, opening in ((False, "[assistant]()"), (True, "[assistant]"), (None, "[assistant]")):
+        turns = encode_chat_turns(tokenizer, CHAT, setting)
+        assert [tokenizer.decode(response) for _, response in turns] == [" b .", "d."]
+        assert tokenizer.decode(turns[0][0]) == "[user]a." + opening
+
+
 def test_tools_in_a_template_that_knows_them(tokenizer) -> None:
     tokenizer.chat_template = NATIVE_TOOLS
     call = json.dumps({"name": "f", "arguments": {}})

@@ -31,10 +31,10 @@ def test_rows_come_in_order_whatever_works_on_them(
     monkeypatch.setattr(preprocess, "CHUNK", 7)
     monkeypatch.setattr(preprocess, "available_cores", lambda: 2)
     sources = [source_of(tmp_path / "a.jsonl", 100), source_of(tmp_path / "b.jsonl", 50, "t")]
-    places = [range(100), [3, 49]]
+    places = [range(90), [3, 49]]
     rows = [row for batch in encode_records(sources, places, encode, workers) for row in batch.to_pylist()]
     assert [(row["row"], row["source"], row["input_ids"][1]) for row in rows] == [
-        *((number, 0, number) for number in range(100)),
+        *((number, 0, number) for number in range(90)),
         (103, 1, 3),
         (149, 1, 49),
     ]

@@ -91,7 +91,9 @@ def test_rows_are_marked_done_one_commit_at_a_time_and_readable_meanwhile(tmp_pa
 
 def test_a_second_writer_is_refused(tmp_path):
     path = made(tmp_path / "g.h5")
-    code = f"from pathlib import Path\nfrom dataflex.gradients.store import StoreWriter\nStoreWriter(Path({str(path)!r}))"
+    code = (
+        f"from pathlib import Path\nfrom dataflex.gradients.store import StoreWriter\nStoreWriter(Path({str(path)!r}))"
+    )
     with StoreWriter(path):
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "another process is writing it" in second.stderr

@@ -98,7 +98,11 @@ def test_stores_that_cannot_be_compared_are_refused(tmp_path, changes, words):
     make_store(tmp_path / "t.h5", rows)
     make_store(tmp_path / "v.h5", rows, **changes)
     config = load_config(
-        options={"train_stores": str(tmp_path / "t.h5"), "eval_stores": str(tmp_path / "v.h5"), "output": str(tmp_path / "s")}
+        options={
+            "train_stores": str(tmp_path / "t.h5"),
+            "eval_stores": str(tmp_path / "v.h5"),
+            "output": str(tmp_path / "s"),
+        }
     )
     with pytest.raises(UsageError, match=f"cannot be compared, they differ in .*{words}"):
         score(config)

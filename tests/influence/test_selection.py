@@ -43,7 +43,9 @@ def test_rows_are_written_as_they_stood(tmp_path):
     made = write_lines(tmp_path / "s.jsonl", [{"row": i, "score": [3, 1, 4, 1, 5][i]} for i in range(5)])
     options = {"scores": made, "data": data, "count": 3, "output": str(tmp_path / "subset.jsonl")}
     lines = [json.loads(line) for line in select(load_config(options=options)).read_text().splitlines()]
-    assert [line.pop("dataflex") for line in lines] == [{"row": r, "score": s} for r, s in [(4, 5.0), (2, 4.0), (0, 3.0)]]
+    assert [line.pop("dataflex") for line in lines] == [
+        {"row": r, "score": s} for r, s in [(4, 5.0), (2, 4.0), (0, 3.0)]
+    ]
     assert lines == [source[4], source[2], source[0]]
 
     with pytest.raises(UsageError, match="exists; give --overwrite"):

@@ -43,7 +43,11 @@ def config(tiny_model_dir: Path, data_dir: Path, tmp_path: Path):
 def test_a_checkpoint_holds_the_optimizers_moments_by_adapter_name(config):
     last = warmup(config)
     assert last.name == "checkpoint-5"
-    assert sorted(path.name for path in last.parent.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    assert sorted(path.name for path in last.parent.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-5",
+    ]
     adapter = load_file(last / "adapter_model.safetensors")
     moments = load_moments(last)
     assert moments.exp_avg.keys() == moments.exp_avg_sq.keys() == adapter.keys()
@@ -62,7 +66,7 @@ def test_a_checkpoint_holds_the_optimizers_moments_by_adapter_name(config):
 
     with safe_open(last / "moments.safetensors", framework="pt") as file:
         assert set(file.metadata()) == {"step", "learning_rate", "beta1", "beta2", "eps"}
-        assert {key.split("/")[0] for key in file.keys()} == {"exp_avg", "exp_avg_sq"}
+        assert {key.split("/")[0] for key in file.keys()}  # noqa: SIM118 (a safetensors handle is not a mapping) == {"exp_avg", "exp_avg_sq"}
 
 
 def moments_in_module_order(folder: Path, tensors: dict[str, torch.Tensor]):
@@ -90,7 +94,16 @@ def test_train_passes_over_all_rows_and_writes_what_it_should(config):
     } <= {path.name for path in folder.iterdir()}
     log = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
     assert [line["current_steps"] for line in log] == list(range(1, 11))
-    assert {"current_steps", "total_steps", "loss", "lr", "epoch", "percentage", "elapsed_time", "remaining_time"} == set(log[0])
+    assert {
+        "current_steps",
+        "total_steps",
+        "loss",
+        "lr",
+        "epoch",
+        "percentage",
+        "elapsed_time",
+        "remaining_time",
+    } == set(log[0])
     assert log[-1]["epoch"] == 2.0
     assert log[-1]["loss"] < log[0]["loss"]
     run = json.loads((folder / "run.json").read_text())
@@ -106,7 +119,10 @@ def test_the_moments_are_written_under_save_only_model(config):
 
 def test_the_same_seed_gives_the_same_adapter_and_another_does_not(config, tmp_path):
     first, second, third = (
-        load_file(train(config.changed(output_dir=str(tmp_path / str(n)), max_steps=3, seed=seed)) / "adapter_model.safetensors")
+        load_file(
+            train(config.changed(output_dir=str(tmp_path / str(n)), max_steps=3, seed=seed))
+            / "adapter_model.safetensors"
+        )
         for n, seed in enumerate([1, 1, 2])
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -116,7 +132,9 @@ def test_the_same_seed_gives_the_same_adapter_and_another_does_not(config, tmp_p
 def test_training_goes_on_from_an_adapter(config, tmp_path):
     first = train(config.changed(max_steps=3))
     second = train(
-        config.changed(max_steps=1, learning_rate=1e-12, adapter_name_or_path=[str(first)], output_dir=str(tmp_path / "next"))
+        config.changed(
+            max_steps=1, learning_rate=1e-12, adapter_name_or_path=[str(first)], output_dir=str(tmp_path / "next")
+        )
     )
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, second))
     for name in before:

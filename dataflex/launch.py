@@ -1,0 +1,99 @@
+"""Starting a command again in several processes, through torch's own launcher.
+
+Wanted by `--nproc N`, by LLaMA-Factory's FORCE_TORCHRUN=1 with NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR
+and MASTER_PORT, or by a `deepspeed:` key. A process that a launcher started already (torchrun, accelerate,
+srun with torch's variables) is left as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+
+from dataflex.config import RunConfig
+from dataflex.errors import DataflexError, UsageError
+
+LAUNCHED = "DATAFLEX_LAUNCHED"
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def launch_arguments(config: RunConfig, nproc: int | None, environment: Mapping[str, str]) -> list[str] | None:
+    """torchrun's options for this command, or None where this one process is what is wanted.
+
+    Raises:
+        UsageError: naming a variable that holds no number.
+    """
+    if "RANK" in environment:
+        return None
+    nodes = _number(environment, "NNODES", 1)
+    forced = environment.get("FORCE_TORCHRUN", "").lower() in ("1", "true", "y", "yes")
+    if not (forced or config.deepspeed or (nproc or 1) > 1):
+        return None
+    here = nproc or _number(environment, "NPROC_PER_NODE", 0) or _gpus()
+    options = ["--nproc-per-node", str(here), "--max-restarts", "0"]
+    if nodes == 1 and "MASTER_PORT" not in environment:
+        return [*options, "--standalone"]
+    return [
+        *options,
+        "--nnodes",
+        str(nodes),
+        "--node-rank",
+        str(_number(environment, "NODE_RANK", 0)),
+        "--master-addr",
+        environment.get("MASTER_ADDR", "127.0.0.1"),
+        "--master-port",
+        str(_number(environment, "MASTER_PORT", 29500)),
+    ]
+
+
+def launch(options: Sequence[str], arguments: Sequence[str]) -> int:
+    """Run `dataflex ARGUMENTS` under torchrun and return the exit code of the first process that failed, or 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser, run
+
+    # the failed process has said what is wrong; the launcher's report on it is for the launcher's authors
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    parsed = get_args_parser().parse_args([*options, "--module", "dataflex"])
+    parsed.training_script_args = list(arguments)  # past the parser, which would take some of them for its own
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(parsed.nproc_per_node))))
+    os.environ[LAUNCHED] = "1"
+    try:
+        run(parsed)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        if code < 0:
+            raise DataflexError(
+                f"a process was killed by signal {-code}; the same command goes on from there"
+            ) from None
+        return code
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def end_with_launcher() -> None:
+    """Let this process be killed when the launcher that started it is: it has a session of its own, and would
+    otherwise go on unseen and meet the next run in the same output directory."""
+    if os.environ.get(LAUNCHED) and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, "")
+    if not text:
+        return default
+    if not text.isdigit():
+        raise UsageError(f"environment variable {name} is {text!r}; expected a number")
+    return int(text)
+
+
+def _gpus() -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count())

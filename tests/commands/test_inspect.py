@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console as RichConsole
+
+from dataflex.commands.console import Console
+from dataflex.commands.planned import show_data
+
+DATA = {
+    **{"rows": 5, "kept": 3, "dropped": {"no response": 2}, "first_dropped": {"no response": 4}},
+    **{"truncated": 1, "lost_end": 1, "tokens": 60, "supervised_tokens": 12, "lengths": {"min": 10, "max": 30}},
+    "example": {
+        "row": 7,
+        "dataset": "d",
+        "spans": [{"text": "[b]asked[/b]", "supervised": False}, {"text": "learned", "supervised": True}],
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def row_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize(
+    ("target", "kind"),
+    [
+        ("train.h5", "store"),
+        ("scores.jsonl", "scores"),
+        ("data/alpaca.json", "dataset"),
+        ("alpaca,identity", "dataset"),
+        ("warmup/checkpoint-4", "checkpoint"),
+        ("warmup", "output directory"),
+    ],
+)
+def test_each_kind_is_told(target: str, kind: str, bench: Path, cli, tree) -> None:
+    before = tree(bench)
+    result = cli("inspect", target)
+    assert (result.exit_code, result.stdout) == (0, f"{target}: {kind}, whole\n"), result.stderr
+    found = json.loads(cli("inspect", target, "--json", "-q").stdout)
+    assert (found["command"], found["kind"], found["whole"]) == ("inspect", kind, True)
+    assert tree(bench) == before
+
+
+def test_a_dataset_with_a_config(bench: Path, cli, row_cache: Path) -> None:
+    result = cli("inspect", "alpaca", "run.yaml", "cutoff_len=64", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "supervised tokens" in result.stderr and "⟦" in result.stderr
+    assert not row_cache.exists()
+    found = json.loads(cli("inspect", "alpaca", "run.yaml", "cutoff_len=64", "--json").stdout)
+    assert (found["data"]["rows"], found["data"]["longest"]) == (6, 64)
+    assert found["example"]["row"] == 0
+    assert row_cache.exists()
+
+
+def test_what_is_wrong_is_said_and_exits_as_usage(bench: Path, cli) -> None:
+    assert cli("inspect", "nothing.jsonl").exit_code == 2
+    (bench / "warmup" / "checkpoint-4" / "moments.safetensors").unlink()
+    result = cli("inspect", "warmup/checkpoint-4")
+    assert (result.exit_code, result.stdout) == (0, "warmup/checkpoint-4: checkpoint, not whole\n")
+    assert "warning: moments.safetensors is missing" in result.stderr
+
+
+@pytest.mark.parametrize("coloured", [True, False])
+def test_learned_text_stands_out(coloured: bool) -> None:
+    console = Console()
+    console.err = RichConsole(
+        force_terminal=coloured, color_system="standard" if coloured else None, highlight=False, width=80
+    )
+    with console.err.capture() as captured:
+        show_data(console, {"train": DATA})
+    shown = captured.get()
+    assert "no response" in shown and "row 7 of d" in shown and "[b]asked[/b]" in shown
+    assert ("\x1b[32mlearned" in shown, "⟦learned⟧" in shown) == (coloured, not coloured)
+
+
+def test_a_dry_run_shows_the_data(bench: Path, cli, row_cache: Path) -> None:
+    result = cli("train", "run.yaml", "output_dir=out", "--dry-run")
+    assert result.exit_code == 0, result.stderr
+    assert "length 90%" in result.stderr and "train: row 0 of alpaca" in result.stderr
+    assert not row_cache.exists()
+    found = json.loads(cli("train", "run.yaml", "output_dir=out", "--dry-run", "--json").stdout)
+    assert found["data"]["train"]["example"]["spans"][0]["supervised"] is False

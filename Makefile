@@ -5,7 +5,7 @@ PY     := .venv/bin/python
 READY  := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-7s %s\n", $$1, $$2}'
@@ -14,14 +14,18 @@ setup: $(READY)  ## build .venv, fetch the demo model and data
 	@$(PY) examples/fetch_assets.py --quiet
 
 demo: setup  ## select and train on real data, on CPU or GPU
+	@echo "the demo: SmolLM2-135M fine-tuned on rows that LESS picks; 3 to 6 minutes on two CPU cores"
 	.venv/bin/dataflex dynamic examples/demo.yaml --overwrite
 
 test: setup  ## run the tests
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(READY)  ## ruff: rules and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+bench: setup  ## gradients against LoRA training on this machine
+	.venv/bin/dataflex bench examples/demo.yaml
 
 clean:  ## remove .venv and what builds, tests and runs wrote; keep data/ and models/
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis saves models/.converting-*

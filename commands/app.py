@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from dataflex.commands import dynamic, grads, inspect, merge, score, select, train, warmup
+from dataflex.commands import bench, dynamic, grads, inspect, merge, score, select, train, warmup
 
 app = typer.Typer(
     name="dataflex",
@@ -26,6 +26,7 @@ app.command(epilog=select.EXAMPLE)(select.select)
 app.command(epilog=train.EXAMPLE)(train.train)
 app.command(epilog=merge.EXAMPLE)(merge.merge)
 app.command(epilog=inspect.EXAMPLE)(inspect.inspect)
+app.command(epilog=bench.EXAMPLE)(bench.bench)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ _HOMES = {
     "select": "dataflex.influence.selection",
     "merge": "dataflex.merging",
     "dynamic": "dataflex.dynamic_run",
+    "bench": "dataflex.benchmark",
 }
 
 __all__ = list(_HOMES)

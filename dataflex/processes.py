@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dataflex.errors import UsageError
+from dataflex.progress import Interrupted, Task
 
 T = TypeVar("T")
 
@@ -88,6 +89,26 @@ def sum_over(tensors: Sequence[torch.Tensor]) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def advance(task: Task, amount: int = 1, **shown: Any) -> None:
+    """Advance `task`, which every process has; an interruption of one is one of all, at the same place.
+
+    Raises:
+        Interrupted: in every process, if any of them is to end here.
+    """
+    stop = None
+    try:
+        task.advance(amount, **shown)
+    except Interrupted as interrupted:
+        stop = interrupted
+    if dist.is_initialized():
+        exit_code = torch.tensor(stop.exit_code if stop else 0)
+        dist.all_reduce(exit_code, dist.ReduceOp.MAX)
+        if exit_code:
+            stop = Interrupted(int(exit_code))
+    if stop is not None:
+        raise stop
 
 
 def my_turns(items: Sequence[T]) -> list[T | None]:

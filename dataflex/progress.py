@@ -7,11 +7,27 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 
+class Interrupted(BaseException):
+    """The work is to end here, because someone asked for it. Not a failure, so not an Exception.
+
+    A Progress may raise it out of `Task.advance`: what that reports is committed by then. On its way out, each
+    piece of work that keeps something says what (`add_note`).
+    """
+
+    def __init__(self, exit_code: int = 130) -> None:
+        super().__init__(exit_code)
+        self.exit_code = exit_code
+
+
 class Task(Protocol):
     """One piece of work with a known end."""
 
     def advance(self, amount: int = 1, **shown: Any) -> None:
-        """`amount` more is done; `shown` (for instance loss=2.1) stands beside the bar."""
+        """`amount` more is done; `shown` (for instance loss=2.1) stands beside the bar.
+
+        Raises:
+            Interrupted: if the work is to end here; never where `amount` is 0.
+        """
 
 
 class Progress(Protocol):

@@ -116,7 +116,7 @@ def project_rows(
             yield Projected(batch or [], vectors, loss)
             together = batches[turn * processes.size() : (turn + 1) * processes.size()]
             shown = {"loss": loss.mean().item()} if rows else {}
-            task.advance(sum(len(batch) for batch in together), **shown)
+            processes.advance(task, sum(len(batch) for batch in together), **shown)
 
 
 def _project_batch(
@@ -167,6 +167,6 @@ def mean_loss(run: Pass, examples: Sequence[Example], progress: Progress = SILEN
                 if batch is not None:
                     total += losses.loss.sum().item()
             together = batches[turn * processes.size() : (turn + 1) * processes.size()]
-            task.advance(sum(len(batch) for batch in together))
+            processes.advance(task, sum(len(batch) for batch in together))
     processes.sum_over([total])
     return total.item() / len(examples)

@@ -1,0 +1,58 @@
+"""`dataflex bench`"""
+
+from __future__ import annotations
+
+from dataflex.commands import session as s
+from dataflex.commands.planned import show_plan
+
+EXAMPLE = "Example: dataflex bench examples/demo.yaml bf16=true"
+
+
+def bench(
+    arguments: s.Arguments = None,
+    model: s.Model = None,
+    dataset: s.Dataset = None,
+    dataset_dir: s.DatasetDir = None,
+    template: s.Template = None,
+    cutoff_len: s.CutoffLen = None,
+    gradient_type: s.GradientType = None,
+    proj_dim: s.ProjDim = None,
+    projector: s.Projector = None,
+    token_budget: s.TokenBudget = None,
+    dry_run: s.DryRun = False,
+    as_json: s.Json = False,
+    quiet: s.Quiet = False,
+) -> None:
+    """Measure gradients against LoRA training: tokens a second, seconds by part, peak memory, time for all rows."""
+    options = {
+        "model_name_or_path": model,
+        "dataset": dataset,
+        "dataset_dir": dataset_dir,
+        "template": template,
+        "cutoff_len": cutoff_len,
+        "gradient_type": gradient_type,
+        "proj_dim": proj_dim,
+        "projector": projector,
+        "token_budget": token_budget,
+    }
+    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+        if dry_run:
+            return show_plan(session, "bench")
+        import dataflex
+
+        found = dataflex.bench(session.config, session.console)
+        parts, peaks = found["grads"]["seconds"], found["peak_memory_bytes"]
+        everything = sum(parts.values())
+        session.console.facts(
+            f"{found['device']}, {found['dtype']}, {found['sample']['rows']} rows, {found['sample']['tokens']} tokens",
+            {
+                "LoRA training": f"{found['train']['tokens_per_s']:.1f} tokens/s, peak {peaks['train'] / 1e9:.2f} GB",
+                "gradients": f"{found['grads']['tokens_per_s']:.1f} tokens/s, peak {peaks['grads'] / 1e9:.2f} GB",
+                "ratio": f"{found['ratio']:.2f}",
+                "of the gradients' time": ", ".join(f"{name} {100 * v / everything:.1f}%" for name, v in parts.items()),
+                "for the whole dataset": f"{found['dataset']['rows']} rows in about {found['dataset']['seconds']:.0f} s",
+            },
+        )
+        session.console.result(
+            [f"gradients {found['ratio']:.2f} times as fast as LoRA training"], {"command": "bench", **found}
+        )

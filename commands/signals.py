@@ -1,0 +1,50 @@
+"""SIGINT and SIGTERM: the first ends the work at its next commit, the second where it stands."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from dataflex.commands.console import Console
+from dataflex.progress import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+NOTICE = b"\nfinishing the batch in hand; once more to stop at once\n"
+
+
+@contextlib.contextmanager
+def stoppable(console: Console) -> Iterator[None]:
+    """While the block runs, let a signal raise `Interrupted`: out of the next `advance` where a task is under way,
+    else, and the second time, at once.
+
+    Only the main thread may set a handler, and is the one it is called in; elsewhere the caller's own handling holds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+    launched = "RANK" in os.environ
+
+    def handle(number: int, frame: Any) -> None:
+        if os.getpid() != owner:  # a forked helper has no commit to wait for
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        if console.stop_code and launched:
+            return  # the launcher passes on what this process was sent as well, and kills what does not end
+        at_once = bool(console.stop_code) or not console.tasks_open
+        console.stop_code = 128 + number
+        if at_once:
+            raise Interrupted(console.stop_code)
+        if not console.quiet:
+            os.write(2, NOTICE)  # past the streams, one of which the signal may have come in the middle of
+
+    former = [signal.signal(number, handle) for number in SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(SIGNALS, former, strict=True):
+            signal.signal(number, handler)

@@ -1,0 +1,169 @@
+"""`bench`: gradient tokens/s against LoRA-training tokens/s, on the configuration's own model, rows and dtype.
+
+Both sides take the same batches in turn, in one process, so that the ratio holds where the machine's speed
+drifts. Training is the plain thing: forward, backward and a step of AdamW over padded rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataflex.config import RunConfig, require
+from dataflex.data.batches import collate
+from dataflex.data.examples import Example, load_split
+from dataflex.gradients.direction import make_direction
+from dataflex.gradients.passes import Pass, batches_of, make_pass, project_rows
+from dataflex.gradients.projection import Projector, make_projector
+from dataflex.gradients.store import StoreWriter, create_store
+from dataflex.lora import Slot
+from dataflex.model import add_lora, check_vocabulary, compute_dtype, device, load_base_model, load_tokenizer
+from dataflex.progress import SILENT, Progress
+from dataflex.provenance import device_name
+from dataflex.training.moments import live_moments
+
+MOST_BATCHES = 4
+
+
+def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
+    """Time training and gradients over a sample of batches, and return the figures.
+
+    Returns:
+        device, dtype; `train` and `grads` with tokens_per_s, `grads` also with seconds by part; `ratio`, grads over
+        train; `peak_memory_bytes` of both; `sample` and `dataset` with their rows and tokens, and the seconds a
+        gradient pass over the whole dataset would take.
+    """
+    require(config, "bench", "model_name_or_path", "dataset")
+    tokenizer = load_tokenizer(config)
+    split = load_split(config, tokenizer, "train", progress)
+    dtype = compute_dtype(config)
+    base = load_base_model(config, dtype)
+    check_vocabulary(base, split.examples, config.template)
+    run = make_pass(add_lora(base, config).to(device()), dtype, tokenizer.pad_token_id, config.token_budget)
+    batches = sample(batches_of(split.examples, config.token_budget, config.proj_dim or 1))
+
+    optimizer = torch.optim.AdamW([slot.parameter for slot in run.slots], lr=config.learning_rate)
+    rows = [[split.examples[index] for index in batch] for batch in batches]
+    _train_step(run, rows[-1], optimizer)  # both sides once, uncounted
+    clock = _Clock(run.device)
+    with tempfile.TemporaryDirectory() as folder, _collector(config, run, optimizer, clock, Path(folder)) as collect:
+        collect(rows[-1])
+        clock.seconds.clear()
+        peaks = {"train": 0, "grads": 0}
+        with progress.task("bench", 2 * len(rows), "batches") as task:
+            for batch in rows:
+                with _peak_memory(run.device, peaks, "train"), clock.part("train"):
+                    _train_step(run, batch, optimizer)
+                task.advance(1)
+                with _peak_memory(run.device, peaks, "grads"), clock.part("grads"):
+                    collect(batch)
+                task.advance(1)
+    tokens = sum(len(example.input_ids) for batch in rows for example in batch)
+    total = sum(split.report.lengths)
+    seconds = dict(clock.seconds)
+    train, grads = seconds.pop("train"), seconds.pop("grads")
+    parts = {"model": grads - sum(seconds.values()), **seconds}
+    return {
+        "device": device_name(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "train": {"tokens_per_s": tokens / train},
+        "grads": {"tokens_per_s": tokens / grads, "seconds": parts},
+        "ratio": train / grads,
+        "peak_memory_bytes": peaks,
+        "sample": {"rows": sum(len(batch) for batch in rows), "tokens": tokens, "batches": len(rows)},
+        "dataset": {"rows": len(split.examples), "tokens": total, "seconds": total * grads / tokens},
+    }
+
+
+def sample(batches: Sequence[list[int]]) -> list[list[int]]:
+    """At most MOST_BATCHES batches, spread evenly from the longest rows to the shortest."""
+    count = min(MOST_BATCHES, len(batches))
+    return [batches[round(place * (len(batches) - 1) / max(1, count - 1))] for place in range(count)]
+
+
+class _Clock:
+    """Seconds by part; waits for the GPU, so that work is counted where it is ordered."""
+
+    def __init__(self, place: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self.cuda = place.type == "cuda"
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        started = self._now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
+
+    def _now(self) -> float:
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _train_step(run: Pass, rows: list[Example], optimizer: torch.optim.Optimizer) -> None:
+    run.model.train()
+    inputs = {name: tensor.to(run.device) for name, tensor in collate(rows, run.pad_token_id).items()}
+    with run.autocast():
+        loss = run.model(**inputs, use_cache=False).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextlib.contextmanager
+def _collector(
+    config: RunConfig, run: Pass, optimizer: torch.optim.Optimizer, clock: _Clock, folder: Path
+) -> Iterator[Callable[[list[Example]], None]]:
+    """A function that takes a batch's gradients as `grads` does, its parts timed."""
+    moments = live_moments(optimizer, run.slots, 1, config.learning_rate)
+    direction = make_direction(config.gradient_type, config.adam_formula, moments, run.slots)
+    dim = config.proj_dim or 1
+    projector = make_projector(config.projector, run.parameters, dim, config.proj_seed, run.device)
+    manifest = {"store_dtype": config.store_dtype, "proj_dim": projector.dim, "parameters": [], "datasets": []}
+    room = np.arange(4096)
+    create_store(folder / "bench.h5", manifest=manifest, row=room, tokens=room, subtask=None)
+
+    def timed_direction(slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
+        with clock.part("direction"):
+            return direction(slot, gradient)
+
+    timed = _TimedProjector(projector, clock)
+    with StoreWriter(folder / "bench.h5") as writer:
+
+        def collect(rows: list[Example]) -> None:
+            for done in project_rows(run, rows, [list(range(len(rows)))], timed_direction, timed):
+                with clock.part("write"):
+                    writer.write(done.indices, done.vectors.cpu().numpy(), done.loss.cpu().numpy())
+
+        yield collect
+
+
+class _TimedProjector:
+    def __init__(self, projector: Projector, clock: _Clock) -> None:
+        self.projector, self.clock, self.dim = projector, clock, projector.dim
+
+    def add(self, out: torch.Tensor, offset: int, values: torch.Tensor) -> None:
+        with self.clock.part("projection"):
+            self.projector.add(out, offset, values)
+
+
+@contextlib.contextmanager
+def _peak_memory(place: torch.device, peaks: dict[str, int], name: str) -> Iterator[None]:
+    """Note the most memory held while the block ran: the GPU's, or this process's resident memory."""
+    if place.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: start the resident peak anew
+        yield
+        status = Path("/proc/self/status").read_text()
+        peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    peaks[name] = max(peaks[name], peak)

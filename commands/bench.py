@@ -41,7 +41,7 @@ def bench(
         import dataflex
 
         found = dataflex.bench(session.config, session.console)
-        parts, peaks = found["grads"]["seconds"], found["peak_memory_bytes"]
+        parts, peaks, dataset = found["grads"]["seconds"], found["peak_memory_bytes"], found["dataset"]
         everything = sum(parts.values())
         session.console.facts(
             f"{found['device']}, {found['dtype']}, {found['sample']['rows']} rows, {found['sample']['tokens']} tokens",
@@ -50,7 +50,7 @@ def bench(
                 "gradients": f"{found['grads']['tokens_per_s']:.1f} tokens/s, peak {peaks['grads'] / 1e9:.2f} GB",
                 "ratio": f"{found['ratio']:.2f}",
                 "of the gradients' time": ", ".join(f"{name} {100 * v / everything:.1f}%" for name, v in parts.items()),
-                "for the whole dataset": f"{found['dataset']['rows']} rows in about {found['dataset']['seconds']:.0f} s",
+                "for the whole dataset": f"{dataset['rows']} rows in about {dataset['seconds']:.0f} s",
             },
         )
         session.console.result(

@@ -16,6 +16,8 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
+from dataflex.progress import Interrupted
+
 
 class _Rate(ProgressColumn):
     """Units a second over the whole task."""
@@ -36,7 +38,8 @@ class _Shown(ProgressColumn):
 class _Bar:
     """One running task on a terminal."""
 
-    def __init__(self, progress: Progress, description: str, total: int, unit: str) -> None:
+    def __init__(self, console: Console, progress: Progress, description: str, total: int, unit: str) -> None:
+        self.console = console
         self.progress = progress
         self.shown: dict[str, float] = {}
         self.id = progress.add_task(description, total=total, unit=unit, shown=self.shown)
@@ -44,18 +47,23 @@ class _Bar:
     def advance(self, amount: int = 1, **shown: float) -> None:
         self.shown.update(shown)
         self.progress.update(self.id, advance=amount, shown=self.shown)
+        if amount:
+            self.console.end_if_asked()
 
 
 class _Count:
     """One running task where there is no terminal: only its end is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self.done = 0
         self.shown: dict[str, float] = {}
 
     def advance(self, amount: int = 1, **shown: float) -> None:
         self.done += amount
         self.shown.update(shown)
+        if amount:
+            self.console.end_if_asked()
 
 
 class Console:
@@ -67,12 +75,28 @@ class Console:
         self.first = first
         self.out = sys.stdout  # the session sends what libraries print there to stderr, so keep hold of it
         self.err = RichConsole(stderr=True, quiet=quiet, highlight=False)
+        self.stop_code = 0  # the exit code with which the work is to end at its next commit; 0: it is to go on
+        self.tasks_open = 0
         self._progress: Progress | None = None
+
+    def end_if_asked(self) -> None:
+        """Raise Interrupted if the work is to end."""
+        if self.stop_code:
+            raise Interrupted(self.stop_code)
 
     @contextlib.contextmanager
     def task(self, description: str, total: int, unit: str) -> Iterator[_Bar | _Count]:
+        self.tasks_open += 1
+        try:
+            with self._shown_task(description, total, unit) as task:
+                yield task
+        finally:
+            self.tasks_open -= 1
+
+    @contextlib.contextmanager
+    def _shown_task(self, description: str, total: int, unit: str) -> Iterator[_Bar | _Count]:
         if not self.err.is_terminal or self.quiet:
-            count, started = _Count(), time.monotonic()
+            count, started = _Count(self), time.monotonic()
             yield count
             seconds = time.monotonic() - started
             if seconds >= 1:
@@ -94,7 +118,7 @@ class Console:
                 transient=True,
             )
             self._progress.start()
-        bar = _Bar(self._progress, description, total, unit)
+        bar = _Bar(self, self._progress, description, total, unit)
         try:
             yield bar
         finally:

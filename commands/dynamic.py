@@ -28,6 +28,7 @@ def dynamic(
     projector: s.Projector = None,
     token_budget: s.TokenBudget = None,
     output_dir: s.OutputDir = None,
+    skip_bad_rows: s.SkipBadRows = False,
     nproc: s.Nproc = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,
@@ -52,6 +53,7 @@ def dynamic(
         "projector": projector,
         "token_budget": token_budget,
         "output_dir": output_dir,
+        "skip_bad_rows": skip_bad_rows,
         "overwrite": overwrite,
     }
     with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:

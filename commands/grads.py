@@ -26,6 +26,7 @@ def grads(
     store_dtype: s.option(str, "store_dtype", "--store-dtype") = None,
     token_budget: s.TokenBudget = None,
     output: s.Output = None,
+    skip_bad_rows: s.SkipBadRows = False,
     nproc: s.Nproc = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,
@@ -52,6 +53,7 @@ def grads(
         "store_dtype": store_dtype,
         "token_budget": token_budget,
         "output": output,
+        "skip_bad_rows": skip_bad_rows,
         "overwrite": overwrite,
     }
     with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
@@ -64,7 +66,8 @@ def grads(
             facts = {
                 "rows": len(store),
                 "dimensions": store.dim,
-                "mean_loss": float(store.loss.mean()),
+                "skipped": int(store.bad.sum()),
+                "mean_loss": float(store.loss[~store.bad].mean()),
                 "checkpoint_step": store.manifest["step"],
                 "direction": store.manifest["gradient_type"],
                 "bytes": path.stat().st_size,

@@ -22,6 +22,7 @@ def score(
     exact: Annotated[bool, typer.Option("--exact", help=help_of("exact"))] = False,
     checkpoint: s.Checkpoints = None,
     output: s.Output = None,
+    skip_bad_rows: s.SkipBadRows = False,
     nproc: s.Nproc = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,
@@ -40,6 +41,7 @@ def score(
         "exact": exact,
         "checkpoint": checkpoint,
         "output": output,
+        "skip_bad_rows": skip_bad_rows,
         "overwrite": overwrite,
     }
     with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
+import shlex
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +17,10 @@ import typer
 
 import dataflex
 from dataflex.commands.console import Console
+from dataflex.commands.signals import stoppable
 from dataflex.config import help_of
 from dataflex.errors import DataflexError
+from dataflex.progress import Interrupted
 
 if TYPE_CHECKING:
     from dataflex.config import RunConfig
@@ -58,6 +59,7 @@ Nproc = Annotated[
     int | None, typer.Option("--nproc", min=1, help="Processes to share the work, one a GPU.", show_default=False)
 ]
 TokenBudget = option(int, "token_budget", "--token-budget")
+SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help=help_of("skip_bad_rows"))]
 Reduce = option(str, "reduce", "--reduce")
 
 
@@ -67,28 +69,6 @@ class Session:
 
     config: RunConfig
     console: Console
-
-
-class Terminated(BaseException):
-    """SIGTERM, raised where the program stands so that files are closed on the way out."""
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise Terminated
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM as an exception while the block runs. Only the main thread may set a handler, and is the one it is
-    called in; elsewhere the caller's own handling holds."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    former = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, former)
 
 
 @contextlib.contextmanager
@@ -118,7 +98,7 @@ def session(
         path, overrides = _split_arguments(arguments or [])
         # by identity: 0 is a value that was given, and equal to False
         given = {key: value for key, value in options.items() if not (value is None or value is False or value == [])}
-        with _sigterm_raises(), _warnings_to(console, debug), contextlib.redirect_stdout(sys.stderr):
+        with stoppable(console), _warnings_to(console, debug), contextlib.redirect_stdout(sys.stderr):
             config = load_config(path, overrides, given)
             if not alone:
                 _start_processes(config, nproc)
@@ -133,18 +113,21 @@ def session(
         if first or error.exit_code != 2:  # every process finds the same fault in what it was given
             console.error(str(error))
         raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        console.error("interrupted; what was committed stays")
+    except Interrupted as stop:
+        if first:
+            console.error(_farewell(stop))
+        raise typer.Exit(stop.exit_code) from None
+    except KeyboardInterrupt:  # before or after the block
+        console.error("interrupted")
         raise typer.Exit(130) from None
-    except Terminated:
-        console.error("terminated; what was committed stays")
-        raise typer.Exit(143) from None
     except typer.Exit:
         raise
     except BrokenPipeError:
         sys.stderr.close()
         raise typer.Exit(1) from None
     except Exception as error:
+        if console.stop_code and os.environ.get("RANK"):  # what fails now fails because the other processes have ended
+            raise typer.Exit(console.stop_code) from None
         if debug:
             raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
@@ -159,6 +142,18 @@ def _start_processes(config: RunConfig, nproc: int | None) -> None:
     options = launch_arguments(config, nproc, os.environ)
     if options is not None:
         raise typer.Exit(launch(options, sys.argv[1:]))
+
+
+def _farewell(stop: Interrupted) -> str:
+    """What an interrupted command leaves, and the command to go on with."""
+    word = "interrupted" if stop.exit_code == 130 else "terminated"
+    kept = getattr(stop, "__notes__", [])
+    arguments = sys.argv[1:]
+    if kept:  # to start afresh now would drop it
+        afresh = ("overwrite=", "overwrite_output_dir=")
+        arguments = [text for text in arguments if text != "--overwrite" and not text.startswith(afresh)]
+    what = "; ".join(kept) or "nothing new was committed, what was committed before stays"
+    return f"{word}: {what}. To go on: {shlex.join(['dataflex', *arguments])}"
 
 
 def _split_arguments(arguments: list[str]) -> tuple[Path | None, list[str]]:

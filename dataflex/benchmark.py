@@ -24,7 +24,7 @@ from dataflex.gradients.passes import Pass, batches_of, make_pass, project_rows
 from dataflex.gradients.projection import Projector, make_projector
 from dataflex.gradients.store import StoreWriter, create_store
 from dataflex.lora import Slot
-from dataflex.model import add_lora, check_vocabulary, compute_dtype, device, load_base_model, load_tokenizer
+from dataflex.model import add_lora, check_vocabulary, compute_dtype, load_base_model, load_tokenizer, on_device
 from dataflex.progress import SILENT, Progress
 from dataflex.provenance import device_name
 from dataflex.training.moments import live_moments
@@ -46,7 +46,7 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     dtype = compute_dtype(config)
     base = load_base_model(config, dtype)
     check_vocabulary(base, split.examples, config.template)
-    run = make_pass(add_lora(base, config).to(device()), dtype, tokenizer.pad_token_id, config.token_budget)
+    run = make_pass(on_device(add_lora(base, config)), dtype, tokenizer.pad_token_id, config.token_budget)
     batches = sample(batches_of(split.examples, config.token_budget, config.proj_dim or 1))
 
     optimizer = torch.optim.AdamW([slot.parameter for slot in run.slots], lr=config.learning_rate)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,6 +23,8 @@ from pydantic import (
     model_validator,
 )
 
+from dataflex.trainer_keys import TrainerKeys
+
 
 def _comma_list(value: Any) -> Any:
     """`a,b` and [a, b] mean the same; None stays None."""
@@ -31,10 +34,30 @@ def _comma_list(value: Any) -> Any:
 
 
 def _report_to(value: Any) -> Any:
+    if isinstance(value, str) and "," in value:
+        return _comma_list(value)
     return "none" if value is None else value
 
 
+def _steps(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("expected a whole number of steps, or a share of the run below 1")
+    return value if value < 1 else int(value)
+
+
+def _only(supported: str, reason: str) -> BeforeValidator:
+    """Say why a key that has several values elsewhere has one here."""
+
+    def check(value: Any) -> Any:
+        if value != supported:
+            raise ValueError(f"expected {supported}, the one there is ({reason})")
+        return value
+
+    return BeforeValidator(check)
+
+
 Names = Annotated[list[str], BeforeValidator(_comma_list)]
+Steps = Annotated[PositiveFloat, AfterValidator(_steps)]
 LrSchedule = Literal[
     "linear",
     "cosine",
@@ -75,20 +98,35 @@ class RunConfig(BaseModel):
     model_name_or_path: str | None = None
     """Base model: a hub id, a local directory, or a .gguf file."""
     adapter_name_or_path: Names | None = None
-    """LoRA adapters on the base: `train` goes on from it, `merge` folds each in, in order."""
+    """LoRA adapters on the base: `merge` folds each in, in order; training folds all but the last, which it goes on
+    from."""
+    create_new_adapter: bool = False
+    """Fold every one of adapter_name_or_path into the base and train a new adapter on that."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a hub id."""
     trust_remote_code: bool = False
     """Allow the model's repository to run its own code."""
     flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = "auto"
     """Attention kernel; `auto` lets transformers choose, `disabled` is its eager code."""
+    quantization_bit: Literal[4, 8] | None = None
+    """Load the frozen base in so many bits (QLoRA); needs the package bitsandbytes."""
+    quantization_method: Literal["bnb"] = "bnb"
+    """What quantizes the base on loading: bitsandbytes."""
+    quantization_type: Literal["nf4", "fp4"] = "nf4"
+    """Number format of a 4-bit base."""
+    double_quantization: bool = True
+    """Quantize the scales of a 4-bit base as well."""
+    upcast_layernorm: bool = False
+    """Keep the base's layer norms in float32."""
 
     # --- method ----------------------------------------------------------------------------
-    stage: Literal["sft"] = "sft"
+    stage: Annotated[Literal["sft"], _only("sft", "rows are scored by its loss")] = "sft"
     """Training stage; supervised fine-tuning is the one there is."""
     do_train: bool = True
     """Accepted for LLaMA-Factory files; the command says what is done."""
-    finetuning_type: Literal["lora"] = "lora"
+    finetuning_type: Annotated[Literal["lora"], _only("lora", "gradients are taken at LoRA pairs")] = "lora"
     """Gradients are taken at LoRA pairs, so `lora` is the one there is."""
-    lora_target: Names = ["all"]
+    lora_target: Annotated[Names, Field(min_length=1)] = ["all"]
     """Modules that get a LoRA pair: names by comma, or `all` linear layers but the output head."""
     lora_rank: PositiveInt = 8
     """Rank r of each LoRA pair."""
@@ -129,13 +167,16 @@ class RunConfig(BaseModel):
     preprocessing_num_workers: PositiveInt | None = None
     """Processes that tokenize; never more than there are cores."""
     dataloader_num_workers: NonNegativeInt = 0
-    """Processes that load batches for training."""
+    """Processes that load evaluation batches during training; training rows are in memory."""
 
     # --- training --------------------------------------------------------------------------
     output_dir: str | None = None
     """Folder for the adapter, its checkpoints and everything else a run writes."""
     overwrite_output_dir: bool = False
     """Start afresh over what a former run left in output_dir."""
+    resume_from_checkpoint: bool | str | None = None
+    """The same command goes on from the newest checkpoint by itself: true or that checkpoint's path says as much,
+    false refuses to go on, any other path is an error."""
     seed: int = 42
     """Seed of LoRA's initial weights, of dropout and of the order of rows."""
     per_device_train_batch_size: PositiveInt = 8
@@ -177,13 +218,15 @@ class RunConfig(BaseModel):
     pure_bf16: bool = False
     """bfloat16 for the LoRA weights too."""
     disable_gradient_checkpointing: bool = False
-    """Keep activations instead of recomputing them: faster, more memory."""
+    """Keep activations instead of recomputing them: faster, more memory. Wins over gradient_checkpointing."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass of training: slower, less memory."""
     neftune_noise_alpha: NonNegativeFloat | None = None
     """Noise on the embeddings in training; always off while gradients are collected."""
-    logging_steps: PositiveInt = 10
-    """Write a line to trainer_log.jsonl every so many steps."""
-    save_steps: PositiveInt = 500
-    """Write a checkpoint every so many steps."""
+    logging_steps: Steps = 10
+    """Write a line to trainer_log.jsonl every so many steps; below 1 a share of the run."""
+    save_steps: Steps = 500
+    """Write a checkpoint every so many steps; below 1 a share of the run."""
     save_strategy: Literal["no", "steps", "epoch"] = "steps"
     """When to write checkpoints; the end of the run always writes one."""
     save_total_limit: PositiveInt | None = None
@@ -192,18 +235,22 @@ class RunConfig(BaseModel):
     """Leave the resume state out of checkpoints; the Adam moments are written all the same."""
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When to evaluate on eval_dataset during training."""
-    eval_steps: PositiveInt | None = None
-    """Evaluate every so many steps; logging_steps when left out."""
+    eval_steps: Steps | None = None
+    """Evaluate every so many steps, below 1 a share of the run; logging_steps when left out."""
     plot_loss: bool = False
     """Draw training_loss.png."""
     report_to: Annotated[str | list[str], BeforeValidator(_report_to)] = "none"
-    """Experiment trackers by transformers' names."""
+    """Experiment trackers by transformers' names, several by comma; all, or none."""
     run_name: str | None = None
     """The run's name in a tracker."""
+    logging_dir: str | None = None
+    """Folder of TensorBoard's log; one in output_dir when left out."""
     ddp_timeout: PositiveInt = 1800
     """Seconds a collective operation may take."""
     deepspeed: str | None = None
     """DeepSpeed configuration file."""
+    training_arguments: TrainerKeys = TrainerKeys()
+    """Further keys of transformers' TrainingArguments; in a YAML they stand beside the others, without this one."""
 
     # --- dynamic selection -----------------------------------------------------------------
     train_type: Literal["dynamic_select"] = "dynamic_select"
@@ -246,6 +293,8 @@ class RunConfig(BaseModel):
     """Folder in which `dynamic` keeps its gradient stores; removed after use when left out."""
     token_budget: PositiveInt = 2048
     """Tokens, padding included, in a batch of gradient rows."""
+    skip_bad_rows: bool = False
+    """Leave out rows whose gradient is all zero or not finite, and say which; otherwise they end the command."""
 
     # --- what single commands read and write -----------------------------------------------
     checkpoint: Names | None = None
@@ -294,6 +343,12 @@ class RunConfig(BaseModel):
             problems.append("bf16 and fp16 exclude each other; keep one")
         if self.max_steps == 0 or self.max_steps < -1:
             problems.append(f"max_steps is {self.max_steps}; expected a positive number, or -1 for none")
+        if self.pure_bf16 and self.upcast_layernorm:
+            problems.append("pure_bf16 and upcast_layernorm exclude each other; keep one")
+        if self.quantization_bit and self.export_dir:
+            problems.append("quantization_bit and export_dir exclude each other; adapters are merged unquantized")
+        if self.quantization_bit and (self.create_new_adapter or len(self.adapter_name_or_path or []) > 1):
+            problems.append("quantization_bit leaves no adapter to be folded in; merge them into the model first")
         if self.val_size and self.eval_dataset:
             problems.append("val_size and eval_dataset exclude each other; keep one")
         if self.val_size > 1 and self.val_size != int(self.val_size):
@@ -317,6 +372,17 @@ class RunConfig(BaseModel):
     def rows_per_step(self) -> int:
         """T: rows in one optimizer step over all devices."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def folded_adapters(self) -> list[str]:
+        """The adapters that training folds into the base, before the one it goes on from or makes."""
+        adapters = self.adapter_name_or_path or []
+        return adapters if self.create_new_adapter else adapters[:-1]
+
+    @property
+    def resumed_adapter(self) -> str | None:
+        """The adapter that training goes on from, None for a new one."""
+        return None if self.create_new_adapter or not self.adapter_name_or_path else self.adapter_name_or_path[-1]
 
     @property
     def is_exact(self) -> bool:
@@ -352,6 +418,7 @@ def save_config(config: RunConfig, path: Path) -> None:
     from dataflex.files import write_text
 
     values = config.model_dump(exclude_none=True, exclude={"components_cfg_file", "component_name"})
+    values.update(values.pop("training_arguments"))
     if config.proj_dim is None:
         values["proj_dim"] = None  # null means exact scores; leaving it out would mean the default
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))

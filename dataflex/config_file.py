@@ -18,7 +18,8 @@ from pydantic import ValidationError
 
 from dataflex.config import SELECTOR_KEYS, RunConfig
 from dataflex.errors import UsageError
-from dataflex.peer_keys import PEER_KEYS, PEER_PARAMS, REFUSED_KEYS
+from dataflex.peer_keys import NEUTRAL, PEER_KEYS, PEER_PARAMS, REFUSED_KEYS, RENAMED_KEYS
+from dataflex.trainer_keys import TrainerKeys
 
 PACKAGED_COMPONENTS: dict[str, dict[str, Any]] = {
     "less": {"name": "less", "params": {}},
@@ -77,14 +78,18 @@ def load_config(
     problems: list[str] = []
     where = f"config {path}" if path is not None else "config"
     values = read_yaml_mapping(path, "config") if path is not None else {}
+    _rename(values, problems)
     folder = Path(path).parent if path is not None else None
     values.update(options or {})
     values.update(_read_overrides(overrides, problems))
 
     for key, reason in REFUSED_KEYS.items():
-        if values.pop(key, None):
+        value = values.pop(key, None)
+        if value and value != NEUTRAL.get(key):
             problems.append(f"key {key!r}: not supported, {reason}; remove it")
-    unused = _drop_peer_keys(values, RunConfig.model_fields, PEER_KEYS, "key", problems)
+    _gather_trainer_keys(values)
+    known = [*RunConfig.model_fields, *TrainerKeys.__annotations__]
+    unused = _drop_peer_keys(values, known, PEER_KEYS, "key", problems)
     if folder is not None:
         for key in INPUT_KEYS:
             if values.get(key) is not None:
@@ -150,7 +155,29 @@ def _read_overrides(overrides: Iterable[str], problems: list[str]) -> dict[str, 
             values[key.strip()] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError):
             values[key.strip()] = value  # a text that YAML cannot read is still a text
+    _rename(values, problems)
     return values
+
+
+def _rename(values: dict[str, Any], problems: list[str]) -> None:
+    """Put former names of keys under the present ones."""
+    for old, new in RENAMED_KEYS.items():
+        if old in values and new in values:
+            problems.append(f"key {old!r}: the former name of {new!r}, which is there too; keep one")
+        if old in values:
+            values.setdefault(new, values[old])
+            del values[old]
+
+
+def _gather_trainer_keys(values: dict[str, Any]) -> None:
+    """Move the keys that TrainingArguments takes as they stand under RunConfig's one key for them."""
+    found = {key: values.pop(key) for key in TrainerKeys.__annotations__ if key in values}
+    further = values.get("training_arguments", {})
+    if found and isinstance(further, dict):
+        values["training_arguments"] = {**further, **found}
+    if isinstance(values.get("training_arguments"), dict):
+        given = values["training_arguments"].items()
+        values["training_arguments"] = {key: value for key, value in given if value is not None}
 
 
 def _drop_peer_keys(
@@ -217,7 +244,8 @@ def _describe(error: ValidationError) -> list[str]:
     """What pydantic found, a line each."""
     lines = []
     for item in error.errors():
-        key, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
+        path = item["loc"][1:] if item["loc"][:1] == ("training_arguments",) and item["loc"][1:] else item["loc"]
+        key, message = ".".join(map(str, path)), item["msg"].removeprefix("Value error, ")
         if not key:
             lines += message.splitlines()
             continue

@@ -16,16 +16,17 @@ from dataflex.data.examples import Split, load_split
 from dataflex.errors import UsageError
 from dataflex.files import read_jsonl, write_jsonl
 from dataflex.gradients.passes import Pass, make_pass, mean_loss
-from dataflex.influence.scores import ranking, score_records
+from dataflex.influence.scores import best_rows, score_records
 from dataflex.model import check_vocabulary, compute_dtype, load_tokenizer
 from dataflex.progress import SILENT, Progress
 from dataflex.provenance import RunRecord, Stopwatch
 from dataflex.selectors import Situation, make_selector
+from dataflex.training.arguments import training_arguments
 from dataflex.training.plots import plot_loss
 from dataflex.training.resume import last_checkpoint, step_of
 from dataflex.training.runs import already_finished, begin, check_run_folder, origin_of, trainable_model
 from dataflex.training.schedule import Schedule, dynamic_schedule, scheduled_rows
-from dataflex.training.trainer import RowTrainer, fit, training_arguments
+from dataflex.training.trainer import RowTrainer, fit
 
 
 def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
@@ -165,7 +166,7 @@ class _Rounds:
             progress=self.progress,
         )
         scores = self.selector.score(situation)
-        best = ranking(scores.row, scores.score)[: self.schedule.rows_per_selection].tolist()
+        best = best_rows(scores, self.schedule.rows_per_selection)
         if processes.rank() == 0:
             write_jsonl(self.folder / "selections" / f"step-{step}.jsonl", score_records(scores, best))
             if self.config.cache_dir is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -11,13 +12,46 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from dataflex.errors import UsageError
+from dataflex.errors import DataflexError, UsageError
+
+# What a write fails with through no fault of the program's.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def disk_error(error: BaseException) -> str | None:
+    """What the system said of a write that failed; None for an error of another kind. Libraries pass it on in words."""
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return error.strerror
+    text = str(error)
+    if "PytorchStreamWriter failed" in text or "file write failed" in text:  # torch does not say why
+        text += os.strerror(errno.ENOSPC)
+    return next((os.strerror(number) for number in DISK_ERRORS if os.strerror(number) in text), None)
+
+
+@contextlib.contextmanager
+def disk_errors_of(what: str, kept: str = "") -> Iterator[None]:
+    """Turn a failed write in the block into a DataflexError that begins with `what` and ends with what is `kept`."""
+    try:
+        yield
+    except DataflexError:
+        raise
+    except Exception as error:
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        raise DataflexError(f"{what}: {reason}; make room, and the same command goes on{kept}") from error
 
 
 @contextlib.contextmanager
 def atomic(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a temporary file that becomes `path` when the block ends without an exception."""
     path = Path(path)
+    with disk_errors_of(f"cannot write {path}"), _temporary(path, mode) as handle:
+        yield handle
+
+
+@contextlib.contextmanager
+def _temporary(path: Path, mode: str) -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:

@@ -104,10 +104,15 @@ def _inspect_store(path: Path) -> Inspection:
         }
         if store.subtask is not None:
             facts["subtasks"] = sorted(set(store.subtask) - {""})
-        if done.any():
-            facts["mean_loss"] = float(store.loss[done].mean())
+        bad = store.bad
+        if bad.any():
+            facts["skipped"] = int(bad.sum())
+        if (done & ~bad).any():
+            facts["mean_loss"] = float(store.loss[done & ~bad].mean())
         missing = store.row[~done]
     problems = [f"{len(missing)} of {len(done)} rows are not done (first: row {missing[0]})"] if len(missing) else []
+    if not store.sound:
+        problems.append("its manifest or its rows do not have the checksum they were written with")
     return Inspection("store", str(path), facts, problems)
 
 

@@ -19,6 +19,8 @@ from dataflex.errors import DataflexError, UsageError
 
 LAUNCHED = "DATAFLEX_LAUNCHED"
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+# Between the signal that the launcher passes on and SIGKILL: a batch and a checkpoint, yet no long hang.
+GRACE_SECONDS = "20"
 
 
 def launch_arguments(config: RunConfig, nproc: int | None, environment: Mapping[str, str]) -> list[str] | None:
@@ -62,6 +64,7 @@ def launch(options: Sequence[str], arguments: Sequence[str]) -> int:
     parsed.training_script_args = list(arguments)  # past the parser, which would take some of them for its own
     cores = os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // int(parsed.nproc_per_node))))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", GRACE_SECONDS)
     os.environ[LAUNCHED] = "1"
     try:
         run(parsed)

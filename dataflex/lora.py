@@ -9,6 +9,9 @@ from torch import nn
 
 from dataflex.errors import UsageError
 
+OUTPUT_HEADS = {"chatglm": ("lm_head", "output_layer"), "internlm2": ("lm_head", "output")}
+"""What the output head is called where it is not `lm_head` alone, by model type."""
+
 
 @dataclass(frozen=True)
 class LoraPair:
@@ -37,15 +40,58 @@ class Slot:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """What `lora_target: all` means: the last name component of every linear layer but the output head."""
+    """What `lora_target: all` means: the last name component of every linear layer but the output head.
+
+    LLaMA-Factory's choice. Where transformers holds a mixture's experts as one tensor, they are no linear layers.
+    """
+    heads = OUTPUT_HEADS.get(getattr(getattr(model, "config", None), "model_type", None), ("lm_head",))
     names = {
         name.rpartition(".")[2]
-        for name, module in model.named_modules()
+        for name, module in text_modules(model)
         if "Linear" in type(module).__name__
-        and "lm_head" not in name
-        and not name.startswith(("score", "output_layer"))
+        and "Embedding" not in type(module).__name__
+        and not any(head in name for head in heads)
     }
     return sorted(names)
+
+
+def has_other_senses(model: nn.Module) -> bool:
+    """True for a model that also sees or hears: its language model is a part of it."""
+    config = getattr(model, "config", None)
+    return any(hasattr(config, f"{sense}_config") for sense in ("vision", "audio"))
+
+
+def text_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules, by name, that take part in reading text."""
+    if not has_other_senses(model):
+        return list(model.named_modules())
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    return [(f"{prefix}.{name}", module) for name, module in decoder.named_modules() if name]
+
+
+def lora_targets(model: nn.Module, wanted: list[str]) -> list[str]:
+    """Names of the modules that get a pair when `lora_target` is `wanted`, as PEFT takes them.
+
+    Raises:
+        UsageError: if a name matches no module, or `all` finds none.
+    """
+    linear = linear_names(model)
+    if wanted == ["all"] and not linear:
+        raise UsageError(f"lora_target: all finds no linear layer in {type(model).__name__}; name modules by comma")
+    targets = linear if wanted == ["all"] else wanted
+    modules = text_modules(model)
+    for target in targets:
+        if not any(_is_called(name, target) for name, _ in modules):
+            raise UsageError(f"lora_target: the model has no module {target!r}; linear layers are {', '.join(linear)}")
+    if not has_other_senses(model):
+        return targets
+    # a short name would match in the other senses' towers as well
+    return [name for name, _ in modules if any(_is_called(name, target) for target in targets)]
+
+
+def _is_called(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
 
 def lora_pairs(model: nn.Module) -> list[LoraPair]:

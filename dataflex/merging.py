@@ -17,9 +17,9 @@ import torch
 from dataflex.config import RunConfig, require
 from dataflex.data.chat_formats import REPLACING, jinja_template, ollama_modelfile, read_template
 from dataflex.data.templates import find_template, prepare_tokenizer
-from dataflex.errors import DataflexError, UsageError
+from dataflex.errors import UsageError
 from dataflex.files import check_output_dir, write_json, write_text
-from dataflex.model import check_adapter_fits, device, load_adapter, load_base_model, load_tokenizer
+from dataflex.model import check_adapter_fits, device, fold, load_base_model, load_tokenizer
 from dataflex.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -106,37 +106,6 @@ def check_export_dir(config: RunConfig) -> Path:
                 "would be lost; choose another export_dir, or empty it by hand"
             )
     return export_dir
-
-
-def fold(model: PreTrainedModel, adapter: str | Path, config: RunConfig) -> PreTrainedModel:
-    """`model` with one adapter folded in, each layer's sum taken in float32 and rounded to the layer's dtype.
-
-    Layer by layer, so that no more than one of them is held in float32 beside the model.
-
-    Raises:
-        DataflexError: if no weight changed, or one is no longer finite.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    wrapped = load_adapter(model, adapter, config, trainable=False)
-    changed = False
-    for name, layer in wrapped.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        weight = layer.get_base_layer().weight
-        before = weight.data
-        weight.data = before.float()
-        try:
-            layer.merge(safe_merge=True)
-        except ValueError as error:
-            raise DataflexError(f"adapter {adapter} at {name}: {error}; train it again") from None
-        weight.data = weight.data.to(before.dtype)
-        changed = changed or not torch.equal(weight.data, before)
-    if not changed:
-        raise DataflexError(
-            f"adapter {adapter} changes nothing: every merged weight equals the base's; was it trained?"
-        )
-    return wrapped.unload()
 
 
 def export_dtype(stored: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from dataflex.config import RunConfig, require
-from dataflex.errors import UsageError
-from dataflex.lora import linear_names
+from dataflex.errors import DataflexError, UsageError
+from dataflex.files import sha256_of
+from dataflex.lora import lora_targets
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,7 +39,8 @@ def model_source(config: RunConfig, local_only: bool = False) -> dict[str, Any]:
         return {**source, "pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise UsageError(f"model_name_or_path: {name} has no config.json; name a folder that holds a whole model")
-    return {**source, "pretrained_model_name_or_path": name, "local_files_only": local_only}
+    hub = {"revision": config.model_revision or "main", "local_files_only": local_only}
+    return {**source, **hub, "pretrained_model_name_or_path": name}
 
 
 def _not_loadable(config: RunConfig, what: str, error: Exception) -> UsageError:
@@ -79,18 +82,75 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def load_base_model(config: RunConfig, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The base model in `dtype` ("auto": as it is stored), on the CPU."""
+    """The base model in `dtype` ("auto": as it is stored), on the CPU; on this process's device where quantized."""
     from transformers import AutoModelForCausalLM
 
-    attention = {} if config.flash_attn == "auto" else {"attn_implementation": ATTENTION[config.flash_attn]}
+    how: dict[str, Any] = {"dtype": dtype, **_quantization(config)}
+    if config.flash_attn != "auto":
+        how["attn_implementation"] = ATTENTION[config.flash_attn]
     try:
-        model = AutoModelForCausalLM.from_pretrained(**model_source(config), **attention, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(**model_source(config), **how)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(config, "weights", error) from error
     if config.model_name_or_path.endswith(".gguf"):
         _forget_quantization(model)
     model.config.use_cache = False
     return model
+
+
+def _quantization(config: RunConfig) -> dict[str, Any]:
+    """The arguments with which `from_pretrained` quantizes a model on loading, as LLaMA-Factory has them."""
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if config.quantization_bit is None:
+        return {}
+    if config.model_name_or_path.endswith(".gguf"):
+        raise UsageError("quantization_bit: a .gguf model is dequantized on loading; name the model it was made from")
+    if is_deepspeed_zero3_enabled():
+        raise UsageError("quantization_bit: ZeRO-3 shares out plain weights only; use ZeRO-2, or remove the key")
+    if find_spec("bitsandbytes") is None:
+        raise UsageError("quantization_bit needs bitsandbytes: pip install bitsandbytes, or remove the key")
+    if config.quantization_bit == 8:
+        how = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        how = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_compute_dtype=compute_dtype(config),
+            bnb_4bit_quant_storage=compute_dtype(config),
+            bnb_4bit_quant_type=config.quantization_type,
+            bnb_4bit_use_double_quant=config.double_quantization,
+        )
+    return {"quantization_config": how, "device_map": {"": device()}}
+
+
+def load_frozen_model(config: RunConfig) -> PreTrainedModel:
+    """What training leaves as it is and its adapter sits on: the base in `compute_dtype`, and in it the adapters
+    that are not trained on."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    model = load_base_model(config, compute_dtype(config))
+    if config.folded_adapters and is_deepspeed_zero3_enabled():
+        raise UsageError(
+            "adapter_name_or_path: under ZeRO-3 no adapter can be folded in; merge it into the model first"
+        )
+    for adapter in config.folded_adapters:
+        check_adapter_fits(model, adapter)
+    for adapter in config.folded_adapters:
+        model = fold(model, adapter, config)
+    if config.upcast_layernorm:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and ("norm" in name or "ln" in name):
+                parameter.data = parameter.data.float()
+    return model
+
+
+def on_device(model: nn.Module) -> nn.Module:
+    """`model` on this process's device; one that is quantized or shared out by ZeRO-3 is where it belongs."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    placed = is_deepspeed_zero3_enabled() or getattr(model, "is_quantized", False)
+    return model if placed else model.to(device())
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
@@ -102,18 +162,6 @@ def _forget_quantization(model: PreTrainedModel) -> None:
         for name in names:
             if name in vars(holder):
                 delattr(holder, name)
-
-
-def lora_targets(model: nn.Module, config: RunConfig) -> list[str]:
-    """Module names that get a pair; a UsageError where a name matches nothing."""
-    names = linear_names(model)
-    if config.lora_target == ["all"]:
-        return names
-    every = {name for name, _ in model.named_modules()}
-    for target in config.lora_target:
-        if not any(name == target or name.endswith(f".{target}") for name in every):
-            raise UsageError(f"lora_target: the model has no module {target!r}; linear layers are {', '.join(names)}")
-    return config.lora_target
 
 
 def add_lora(model: PreTrainedModel, config: RunConfig) -> PeftModel:
@@ -128,7 +176,7 @@ def add_lora(model: PreTrainedModel, config: RunConfig) -> PeftModel:
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
-        target_modules=lora_targets(model, config),
+        target_modules=lora_targets(model, config.lora_target),
     )
     return get_peft_model(model, lora, autocast_adapter_dtype=not config.pure_bf16)
 
@@ -143,14 +191,59 @@ def load_adapter(model: PreTrainedModel, path: str | Path, config: RunConfig, tr
     )
 
 
-def check_adapter_fits(model: nn.Module, path: str | Path) -> None:
-    """Raise a UsageError unless every LoRA tensor in `path` has a layer of its shape in `model`."""
-    from safetensors import SafetensorError, safe_open
+def fold(model: PreTrainedModel, adapter: str | Path, config: RunConfig) -> PreTrainedModel:
+    """`model` with one adapter folded in, each layer's sum taken in float32 and rounded to the layer's dtype.
 
+    Layer by layer, so that no more than one of them is held in float32 beside the model.
+
+    Raises:
+        UsageError: if the adapter does not fit the model, or the model is quantized.
+        DataflexError: if no weight changed, or one is no longer finite.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    if getattr(model, "is_quantized", False):
+        raise UsageError(f"adapter {adapter}: the base model is quantized; name the model it was quantized from")
+    wrapped = load_adapter(model, adapter, config, trainable=False)
+    changed = False
+    for name, layer in wrapped.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        weight = layer.get_base_layer().weight
+        before = weight.data
+        weight.data = before.float()
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise DataflexError(f"adapter {adapter} at {name}: {error}; train it again") from None
+        weight.data = weight.data.to(before.dtype)
+        changed = changed or not torch.equal(weight.data, before)
+    if not changed:
+        raise DataflexError(
+            f"adapter {adapter} changes nothing: every merged weight equals the base's; was it trained?"
+        )
+    return wrapped.unload()
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """`path`, after checking that an adapter lies there."""
     folder = Path(path)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise UsageError(f"adapter {path}: no {name}; name a folder that warmup, train or dynamic wrote")
+    return folder
+
+
+def adapter_fingerprint(path: str | Path) -> str:
+    """sha256 of the adapter's weights."""
+    return sha256_of(adapter_folder(path) / "adapter_model.safetensors")
+
+
+def check_adapter_fits(model: nn.Module, path: str | Path) -> None:
+    """Raise a UsageError unless every LoRA tensor in `path` has a layer of its shape in `model`."""
+    from safetensors import SafetensorError, safe_open
+
+    folder = adapter_folder(path)
     modules = dict(model.named_modules())
     try:
         with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
@@ -166,7 +259,7 @@ def check_adapter_fits(model: nn.Module, path: str | Path) -> None:
                     raise UsageError(
                         f"adapter {path} does not fit the base model: it adapts {module_name}, which the model lacks"
                     )
-                out_features, in_features = layer.weight.shape
+                out_features, in_features = _features(layer)
                 needed, found = (in_features, shape[1]) if letter == "A" else (out_features, shape[0])
                 if needed != found:
                     raise UsageError(
@@ -175,6 +268,14 @@ def check_adapter_fits(model: nn.Module, path: str | Path) -> None:
                     )
     except SafetensorError as error:
         raise UsageError(f"adapter {path}/adapter_model.safetensors: not a whole safetensors file ({error})") from None
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer, however it holds its weight: packed where quantized, turned in a Conv1D."""
+    if hasattr(layer, "out_features"):
+        return layer.out_features, layer.in_features
+    rows, columns = layer.weight.shape
+    return (columns, rows) if type(layer).__name__ == "Conv1D" else (rows, columns)
 
 
 def device() -> torch.device:
@@ -198,8 +299,18 @@ def check_vocabulary(model: nn.Module, examples: list[Any], template: str | None
 
 
 def model_fingerprint(config: RunConfig) -> str:
-    """What tells one base model from another without reading its weights: local files' names, sizes and
-    config.json; the hub's commit where the model came from there; else its name."""
+    """What tells one base model from another: its files, the adapters folded into it, and how it is quantized."""
+    parts = [_files_fingerprint(config), *map(adapter_fingerprint, config.folded_adapters)]
+    if config.quantization_bit is not None:
+        parts.append(f"{config.quantization_bit}-bit")
+    if config.quantization_bit == 4:
+        parts.append(f"{config.quantization_type}, {'double' if config.double_quantization else 'single'}")
+    return " + ".join(parts)
+
+
+def _files_fingerprint(config: RunConfig) -> str:
+    """Without reading the weights: local files' names, sizes and config.json; the hub's commit where the model came
+    from there; else its name."""
     path = Path(config.model_name_or_path)
     if path.is_file():
         return f"{path.name}:{path.stat().st_size}"

@@ -171,7 +171,7 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
 def peak_memory(
     base: int, adapter: int, tokens: int, layers: int, hidden: int, intermediate: int, *, vocabulary: int, itemsize: int
 ) -> int:
-    """Bytes a batch of `tokens` tokens takes, roughly: bench on SmolLM2-135M in float32 measured 6.2 GB where this says 5.8.
+    """Bytes a batch of `tokens` tokens takes, roughly: `bench` measured 6.2 GB on SmolLM2-135M where this says 5.8.
 
     Weights; the adapter with gradient and two moments; what a layer keeps for its backward pass (about 12 vectors
     of its hidden and 6 of its intermediate size a token); logits, their softmax and its gradient in float32.

@@ -20,7 +20,7 @@ from typing import IO, Any
 from dataflex import processes
 from dataflex.config import RunConfig, save_config
 from dataflex.errors import UsageError
-from dataflex.files import sha256_of, write_json
+from dataflex.files import write_json
 
 LIBRARIES = ("dataflex", "torch", "transformers", "peft", "accelerate", "datasets", "h5py", "deepspeed")
 FILE_NAME = "run.json"
@@ -39,6 +39,7 @@ INCIDENTAL = {
     "do_train",
     "do_eval",
     "token_budget",
+    "skip_bad_rows",
     "logging_steps",
     "save_steps",
     "save_strategy",
@@ -52,6 +53,30 @@ INCIDENTAL = {
     "dataloader_num_workers",
     "deepspeed",
     "per_device_eval_batch_size",
+    "resume_from_checkpoint",
+    "logging_dir",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "ddp_broadcast_buffers",
+    "ddp_bucket_cap_mb",
+    "ddp_find_unused_parameters",
+    "ddp_static_graph",
+    "eval_accumulation_steps",
+    "include_num_input_tokens_seen",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "logging_first_step",
+    "logging_nan_inf_filter",
+    "logging_strategy",
+    "prediction_loss_only",
+    "project",
+    "skip_memory_metrics",
+    "torch_empty_cache_steps",
+    "trackio_bucket_id",
+    "trackio_space_id",
+    "trackio_static_space_id",
 }
 
 # What a former run leaves in its folder and a fresh start must not find.
@@ -98,9 +123,10 @@ class Stopwatch:
 def origin(config: RunConfig, command: str, **facts: Any) -> dict[str, Any]:
     """Everything that decides what a run comes to, as JSON holds it: its keys but the incidental ones, and `facts`
     about its inputs."""
-    keys = {key: value for key, value in config.model_dump().items() if key not in INCIDENTAL}
-    adapters = [sha256_of(Path(path) / "adapter_model.safetensors") for path in config.adapter_name_or_path or []]
-    facts = {"command": command, **keys, "rows_per_step": config.rows_per_step, "adapters": adapters, **facts}
+    values = config.model_dump()
+    values.update(values.pop("training_arguments"))
+    keys = {key: value for key, value in values.items() if key not in INCIDENTAL}
+    facts = {"command": command, **keys, "rows_per_step": config.rows_per_step, **facts}
     return json.loads(json.dumps(facts))
 
 
@@ -194,11 +220,11 @@ def open_record(config: RunConfig, came_from: Mapping[str, Any]) -> RunRecord:
 
 def _check_same_run(record: RunRecord, came_from: Mapping[str, Any]) -> None:
     before = record.facts["origin"]
-    differing = [key for key in came_from if before.get(key) != came_from[key]]
+    differing = [key for key in {**came_from, **before} if before.get(key) != came_from.get(key)]
     if differing:
         shown = [
-            f"{key} ({before.get(key)} then, {came_from[key]} now)"
-            if len(str(before.get(key))) + len(str(came_from[key])) <= 80
+            f"{key} ({before.get(key)} then, {came_from.get(key)} now)"
+            if len(str(before.get(key))) + len(str(came_from.get(key))) <= 80
             else key
             for key in differing
         ]

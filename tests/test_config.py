@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from dataflex import RunConfig, load_config
 from dataflex.config import save_config
 from dataflex.errors import UsageError
+from dataflex.peer_keys import PEER_KEYS, REFUSED_KEYS, RENAMED_KEYS
+from dataflex.trainer_keys import TrainerKeys
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +100,7 @@ class TestComplaints:
         path = write(
             "run.yaml",
             "components_cfg_file: parts.yaml\nlora_rank: -1\nlerning_rate: 1\nbf16: true\nfp16: true\nmax_steps: 0\n"
-            "top: 0.1\ncount: 3\nquantization_bit: 4\ndeepspeed: nowhere.json\nstage: dpo\n",
+            "top: 0.1\ncount: 3\nuse_dora: true\ndeepspeed: nowhere.json\nstage: dpo\n",
         )
         said = complaint(path, ["novalue", "gradient_type=adma"])
         lines = said.splitlines()
@@ -105,7 +108,7 @@ class TestComplaints:
         assert len(lines) == 12
         for part in (
             "proj_dims", "'lora_rank': input should be greater than 0, not -1", "lerning_rate", "bf16 and fp16",
-            "max_steps is 0", "top, count and threshold", "quantization_bit", "nowhere.json", "'stage'", "'novalue'",
+            "max_steps is 0", "top, count and threshold", "use_dora", "nowhere.json", "'stage'", "'novalue'",
             "'gradient_type': input should be 'adam', 'sgd' or 'sign', not 'adma'",
         ):  # fmt: skip
             assert any(part in line for line in lines), part
@@ -115,24 +118,71 @@ class TestComplaints:
         # a wrong bf16 is one problem, not two
         assert complaint(overrides=["bf16=maybe", "fp16=true"]).count("bf16") == 1
 
-    @pytest.mark.parametrize("key", ["use_dora: true", "packing: true", "streaming: true", "use_galore: true"])
-    def test_keys_that_would_change_the_result_are_refused(self, key: str):
+    @pytest.mark.parametrize(
+        "key, reason",
+        [
+            ("use_dora: true", "plain LoRA pairs"),
+            ("additional_target: embed_tokens", "plain LoRA pairs"),
+            ("packing: true", "rows must stay rows"),
+            ("streaming: true", "scored by number"),
+            ("use_galore: true", "another optimizer"),
+            ("group_by_length: true", "the order of rows"),
+            ("train_sampling_strategy: group_by_length", "the order of rows"),
+            ("auto_find_batch_size: true", "rows a step"),
+            ("use_cpu: true", "CUDA_VISIBLE_DEVICES"),
+            ("fsdp: full_shard", "DeepSpeed"),
+        ],
+    )
+    def test_keys_that_would_change_the_result_are_refused(self, key: str, reason: str):
         said = complaint(write("run.yaml", f"{key}\n"))
-        assert key.split(":")[0] in said and "remove it" in said
+        assert key.split(":")[0] in said and reason in said and "remove it" in said
 
     def test_refused_keys_that_are_off_do_no_harm(self):
-        load_config(write("run.yaml", "use_dora: false\nstreaming: null\npacking: false\nlabel_smoothing_factor: 0\n"))
+        load_config(
+            write(
+                "run.yaml",
+                "use_dora: false\nstreaming: null\npacking: false\nlabel_smoothing_factor: 0\n"
+                "train_sampling_strategy: random\n",
+            )
+        )
+
+    @pytest.mark.parametrize(
+        "key, said",
+        [
+            (
+                "finetuning_type: full",
+                "'finetuning_type': expected lora, the one there is (gradients are taken at LoRA",
+            ),
+            ("finetuning_type: freeze", "not 'freeze'"),
+            ("stage: dpo", "'stage': expected sft, the one there is (rows are scored by its loss), not 'dpo'"),
+            ("lora_target: ''", "'lora_target'"),
+        ],
+    )
+    def test_what_is_not_supported_says_what_is(self, key: str, said: str):
+        assert said in complaint(write("run.yaml", f"{key}\n"))
+
+    def test_no_key_is_told_apart_in_two_ways(self):
+        kinds = (RunConfig.model_fields, TrainerKeys.__annotations__, PEER_KEYS, REFUSED_KEYS, RENAMED_KEYS)
+        names = [name for kind in kinds for name in kind]
+        assert sorted(names) == sorted(set(names))
+
+    def test_every_key_of_transformers_is_told_apart(self):
+        from transformers import TrainingArguments
+
+        kinds = (RunConfig.model_fields, TrainerKeys.__annotations__, PEER_KEYS, REFUSED_KEYS, RENAMED_KEYS)
+        known = {name for kind in kinds for name in kind}
+        assert [field.name for field in dataclasses.fields(TrainingArguments) if field.name not in known] == []
 
     def test_peers_keys_give_one_warning(self):
-        path = write("run.yaml", "tf32: true\nuse_cache: false\ninfer_dtype: auto\nlora_rank: 4\n")
+        path = write("run.yaml", "torch_compile: true\nuse_cache: false\ninfer_dtype: auto\nlora_rank: 4\n")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             config = load_config(path, ["temperature=0.1"])
         assert config.lora_rank == 4
         assert len(caught) == 1
         said = str(caught[0].message)
-        assert "run.yaml" in said and all(key in said for key in ("tf32", "use_cache", "infer_dtype", "temperature"))
-        assert "lora_rank" not in said
+        assert "run.yaml" in said and all(key in said for key in ("torch_compile", "use_cache", "infer_dtype"))
+        assert "temperature" in said and "lora_rank" not in said
 
     @pytest.mark.parametrize(
         "text, line, reason",

@@ -11,15 +11,15 @@ import numpy as np
 from dataflex import processes
 from dataflex.config import RunConfig, require
 from dataflex.data.examples import Split, load_split
-from dataflex.errors import UsageError
+from dataflex.errors import DataflexError, UsageError
 from dataflex.files import check_output_file
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.manifest import check_same, describe
-from dataflex.gradients.passes import Pass, batches_of, make_pass, project_rows
+from dataflex.gradients.passes import Pass, batches_of, make_pass, name_bad_rows, project_rows
 from dataflex.gradients.projection import make_projector
 from dataflex.gradients.store import GradientStore, StoreWriter, create_store
-from dataflex.model import check_vocabulary, compute_dtype, device, load_adapter, load_base_model, load_tokenizer
-from dataflex.progress import SILENT, Progress
+from dataflex.model import check_vocabulary, compute_dtype, load_adapter, load_frozen_model, load_tokenizer, on_device
+from dataflex.progress import SILENT, Interrupted, Progress
 from dataflex.training.moments import AdamMoments, load_moments
 
 
@@ -49,7 +49,7 @@ def grads(config: RunConfig, progress: Progress = SILENT) -> Path:
 def checkpoint_pass(config: RunConfig, checkpoint: Path, pad_token_id: int) -> Pass:
     """The base model with `checkpoint`'s adapter, ready for a pass."""
     dtype = compute_dtype(config)
-    model = load_adapter(load_base_model(config, dtype), checkpoint, config).to(device())
+    model = on_device(load_adapter(load_frozen_model(config), checkpoint, config))
     return make_pass(model, dtype, pad_token_id, config.token_budget)
 
 
@@ -82,18 +82,38 @@ def collect(
     processes.barrier()
     with GradientStore(path) as store:
         done = store.done.astype(bool)
+        bad = [split.examples[index] for index in np.flatnonzero(store.bad)]
+    if bad and not config.skip_bad_rows:
+        raise DataflexError(f"gradient store {path}: {name_bad_rows(bad)}; give --skip-bad-rows, or --overwrite")
     batches = [
         batch for batch in batches_of(split.examples, run.token_budget, manifest["proj_dim"]) if not done[batch].all()
     ]
-    projector = make_projector(config.projector, run.parameters, manifest["proj_dim"], config.proj_seed, run.device)
-    computed = project_rows(run, split.examples, batches, direction, projector, progress, f"{split_name} gradients")
+    computed = project_rows(
+        run,
+        split.examples,
+        batches,
+        direction,
+        make_projector(config.projector, run.parameters, manifest["proj_dim"], config.proj_seed, run.device),
+        progress,
+        f"{split_name} gradients",
+        done=len(split.examples) - sum(map(len, batches)),
+        skip_bad=config.skip_bad_rows,
+    )
     # the other processes hand their rows to the first: one writer, whatever the file system
     with StoreWriter(path) if processes.rank() == 0 else contextlib.nullcontext() as writer:
-        for rows in computed:
-            shares = processes.gather((rows.indices, rows.vectors.cpu().numpy(), rows.loss.cpu().numpy()))
-            for indices, vectors, loss in shares:
-                if indices:
-                    writer.write(indices, vectors, loss)
+        try:
+            for rows in computed:
+                shares = processes.gather((rows.indices, rows.vectors.cpu().numpy(), rows.loss.cpu().numpy()))
+                for indices, vectors, loss in shares:
+                    if indices:
+                        writer.write(indices, vectors, loss)
+                        bad += [split.examples[index] for index in np.array(indices)[~vectors.any(axis=1)]]
+        except Interrupted as stop:
+            if writer is not None:
+                stop.add_note(f"{writer.done.sum()} of {len(writer.done)} rows are committed in {path}")
+            raise
+    if bad:
+        progress.say(f"{split_name} rows {name_bad_rows(bad)}")
     processes.barrier()
     return path
 
@@ -104,6 +124,7 @@ def _prepare_store(path: Path, manifest: dict[str, Any], split: Split, overwrite
         try:
             with GradientStore(path) as store:
                 check_same(path, store.manifest, manifest)
+                store.require_sound()
             return
         except UsageError:
             if not cache:

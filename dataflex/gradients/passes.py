@@ -25,6 +25,7 @@ from dataflex.progress import SILENT, Progress
 
 # Projected rows of one batch never take more than this many numbers (1 GiB of float32).
 MAX_BATCH_NUMBERS = 1 << 28
+MAX_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Projected:
     indices: list[int]
     """Which examples these are."""
     vectors: torch.Tensor
-    """[rows, k] float32: the image of each row's direction."""
+    """[rows, k] float32: the image of each row's direction; all zero for a bad row that was skipped."""
     loss: torch.Tensor
     """[rows] float32"""
 
@@ -93,22 +94,29 @@ def project_rows(
     projector: Projector,
     progress: Progress = SILENT,
     description: str = "gradients",
+    done: int = 0,
+    skip_bad: bool = False,
 ) -> Iterator[Projected]:
     """Take this process's share of the batches through `projector`, one batch a turn.
 
     Every process yields as many times: one without a batch left in the last turn yields one of no rows. The
-    model is as it was between the batches as well as at the end.
+    model is as it was between the batches as well as at the end. `done` rows stand behind it already.
 
     Raises:
-        DataflexError: naming the row whose direction is not finite or all zero.
+        DataflexError: naming the row whose direction is not finite or all zero, unless such are skipped.
     """
     values = [(a.to(run.device), b.to(run.device)) for a, b in adapter_values(run.pairs)]
-    with progress.task(description, sum(len(batch) for batch in batches), "rows") as task:
+    with progress.task(description, done + sum(len(batch) for batch in batches), "rows") as task:
+        if done:
+            task.advance(done)
         for turn, batch in enumerate(processes.my_turns(batches)):
             rows = [examples[index] for index in batch or []]
             if rows:
                 vectors, loss = _project_batch(run, rows, values, direction, projector)
-                _check_vectors(vectors, rows)
+                bad = _bad_rows(vectors)
+                if bad and not skip_bad:
+                    raise _bad_row_error(rows[bad[0]], vectors[bad[0]])
+                vectors[bad] = 0
             else:
                 if run.shared_weights:  # gathering them takes every process
                     _project_batch(run, [examples[batches[-1][0]]], values, direction, projector)
@@ -145,13 +153,25 @@ def _project_batch(
     return vectors, losses.loss
 
 
-def _check_vectors(vectors: torch.Tensor, rows: list[Example]) -> None:
-    for row, norm in zip(rows, vectors.norm(dim=1).tolist(), strict=True):
-        if not 0 < norm < float("inf"):
-            what = "all zero" if norm == 0 else "not finite"
-            raise DataflexError(
-                f"row {row.row} of {row.dataset}: its gradient is {what}; remove the row or lower the learning rate"
-            )
+def _bad_rows(vectors: torch.Tensor) -> list[int]:
+    """Which rows are all zero or not finite: nothing can be said of their direction."""
+    norms = vectors.norm(dim=1)
+    return (~((norms > 0) & norms.isfinite())).nonzero()[:, 0].tolist()
+
+
+def _bad_row_error(row: Example, vector: torch.Tensor) -> DataflexError:
+    what = "all zero" if vector.norm() == 0 else "not finite"
+    return DataflexError(
+        f"row {row.row} of {row.dataset}: its gradient is {what}; "
+        "remove the row, lower the learning rate, or give --skip-bad-rows"
+    )
+
+
+def name_bad_rows(rows: Sequence[Example]) -> str:
+    """What is said of the bad rows that were skipped."""
+    named = ", ".join(f"row {row.row} of {row.dataset}" for row in rows[:MAX_NAMED])
+    more = f" and {len(rows) - MAX_NAMED} more" if len(rows) > MAX_NAMED else ""
+    return f"skipped, their gradient is all zero or not finite: {named}{more}"
 
 
 def mean_loss(run: Pass, examples: Sequence[Example], progress: Progress = SILENT, description: str = "loss") -> float:

@@ -3,14 +3,19 @@
 All of HDF5's own metadata is final before the first row is written; rows go to their place in the
 file as raw bytes, and a row's `done` flag follows only after its data is on disk. So the file opens
 with plain h5py at any moment, and a killed run loses at most the rows it had not committed.
+
+A row whose direction is all zero or not finite has no place among unit vectors. Where such rows are to be
+skipped they are done, with norm 0 and zeros for a vector: `GradientStore.bad`. Nothing scores or selects them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,16 +24,19 @@ import h5py
 import numpy as np
 
 from dataflex.errors import DataflexError, UsageError
+from dataflex.files import disk_errors_of
 
 FORMAT = "dataflex-gradients"
 VERSION = 1
+BYTES_BESIDE = 9  # of each row: norm, loss, done
 WIDTH_DTYPE = {"float16": np.float16, "float32": np.float32, "int8": np.int8, "int1": np.uint8}
 
 
 def encode_rows(unit: np.ndarray, dtype: str) -> np.ndarray:
     """Unit rows [n, k] float32 as they are stored: int8 scaled to its row's largest, int1 signs packed 8 to a byte."""
     if dtype == "int8":
-        return np.rint(unit * (127 / np.abs(unit).max(axis=1, keepdims=True))).astype(np.int8)
+        largest = np.abs(unit).max(axis=1, keepdims=True)
+        return np.rint(unit * np.divide(127, largest, out=largest, where=largest > 0)).astype(np.int8)
     if dtype == "int1":
         return np.packbits(unit >= 0, axis=1)
     return unit.astype(WIDTH_DTYPE[dtype])
@@ -40,7 +48,7 @@ def decode_rows(stored: np.ndarray, dtype: str, dim: int) -> np.ndarray:
         return (np.unpackbits(stored, axis=1, count=dim).astype(np.float32) * 2 - 1) / np.float32(dim) ** 0.5
     rows = stored.astype(np.float32)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)  # a row not done yet is zero
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms != 0)  # a row not done yet is zero
 
 
 class GradientStore:
@@ -53,7 +61,9 @@ class GradientStore:
         except FileNotFoundError:
             raise UsageError(f"gradient store {path}: no such file; write it with `dataflex grads`") from None
         except OSError as error:
-            raise UsageError(f"gradient store {path}: not a readable HDF5 file ({error})") from None
+            raise UsageError(
+                f"gradient store {path}: not a readable HDF5 file ({error}); write it again with --overwrite"
+            ) from None
         try:
             attributes = dict(self._file.attrs)
             if attributes.get("format") != FORMAT:
@@ -70,7 +80,10 @@ class GradientStore:
             self.subtask: list[str] | None = (
                 self._file["subtask"].asstr()[:].tolist() if "subtask" in self._file else None
             )
-        except (KeyError, ValueError, TypeError) as error:
+            checksum = _checksum(attributes["manifest"], self.row, self.tokens, self.subtask)
+            # a store that another program made may have none
+            self.sound = attributes.get("checksum", checksum) == checksum
+        except (KeyError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
             self._file.close()
             raise UsageError(f"gradient store {path}: damaged ({error}); write it again with --overwrite") from None
 
@@ -101,6 +114,11 @@ class GradientStore:
         return self._file["norm"][:]
 
     @property
+    def bad(self) -> np.ndarray:
+        """[N] bool: rows that are done, and were skipped because their direction is all zero or not finite."""
+        return (self.done == 1) & (self.norm == 0)
+
+    @property
     def loss(self) -> np.ndarray:
         """[N] float32: mean cross-entropy of each row."""
         return self._file["loss"][:]
@@ -118,16 +136,28 @@ class GradientStore:
         """Unit rows, [n, k] float32 ([k] for a single index)."""
         if isinstance(rows, (int, np.integer)):
             index = range(len(self))[rows]
-            return decode_rows(self._file["gradients"][index : index + 1], self.dtype, self.dim)[0]
-        return decode_rows(self._file["gradients"][rows], self.dtype, self.dim)
+            return self[index : index + 1][0]
+        decoded = decode_rows(self._file["gradients"][rows], self.dtype, self.dim)
+        if self.dtype == "int1":  # signs have no zero
+            decoded[self._file["norm"][rows] == 0] = 0
+        return decoded
 
     def blocks(self, rows: int = 4096) -> Iterator[tuple[int, np.ndarray]]:
         """(first index, unit rows) for the whole store, `rows` at a time."""
         for start in range(0, len(self), rows):
             yield start, self[start : start + rows]
 
+    def require_sound(self) -> None:
+        """Raise a UsageError if what the file says of its rows is not what was once written."""
+        if not self.sound:
+            raise UsageError(
+                f"gradient store {self.path}: damaged, its manifest or rows do not have the checksum they were written "
+                "with; write it again with --overwrite"
+            )
+
     def require_whole(self) -> None:
-        """Raise a UsageError unless every row is done."""
+        """Raise a UsageError unless the file is sound and every row is done."""
+        self.require_sound()
         done = self.done
         if not done.all():
             missing = self.row[done == 0]
@@ -156,34 +186,118 @@ def create_store(
     """
     dtype, dim, count = manifest["store_dtype"], manifest["proj_dim"], len(row)
     width = -(-dim // 8) if dtype == "int1" else dim
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _keeping_writers_out(path):
+        with disk_errors_of(f"gradient store {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        freed = 512 * path.stat().st_blocks if path.exists() else 0
+        _check_room(path, count * (width * np.dtype(WIDTH_DTYPE[dtype]).itemsize + BYTES_BESIDE) - freed)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with disk_errors_of(f"gradient store {path}"):
+                _write_empty(temporary, manifest, row, tokens, subtask, (count, width))
+                _put_in_place(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _write_empty(
+    path: Path,
+    manifest: Mapping[str, Any],
+    row: np.ndarray,
+    tokens: np.ndarray,
+    subtask: list[str] | None,
+    shape: tuple[int, int],
+) -> None:
+    text = json.dumps(manifest)
+    # from 1.10 on attributes may be longer than 64 KiB; the list of a large adapter's parameters is
+    with h5py.File(path, "w", libver=("v110", "v110")) as file:
+        file.attrs["format"] = FORMAT
+        file.attrs["version"] = VERSION
+        file.attrs["manifest"] = text
+        file.attrs["checksum"] = _checksum(text, row, tokens, subtask)
+        file.attrs["parameters"] = json.dumps(manifest["parameters"])
+        _allocate(file, "gradients", shape, WIDTH_DTYPE[manifest["store_dtype"]])
+        _allocate(file, "norm", shape[:1], np.float32)
+        _allocate(file, "loss", shape[:1], np.float32)
+        _allocate(file, "done", shape[:1], np.uint8)
+        file["row"] = row.astype(np.int64)
+        file["tokens"] = tokens.astype(np.int32)
+        if subtask is not None:
+            longest = max(len(name.encode()) for name in subtask)
+            file.create_dataset(
+                "subtask", data=[n.encode() for n in subtask], dtype=h5py.string_dtype("utf-8", longest)
+            )
+    with open(path, "rb+") as handle:
+        os.fsync(handle.fileno())
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    """Name the new store. Where there was none, one that another process has made meanwhile stays."""
+    if not path.exists():
+        try:
+            os.link(temporary, path)
+            return
+        except FileExistsError:
+            raise _in_use(path) from None
+        except OSError:
+            pass  # a file system without hard links
+    os.replace(temporary, path)
+
+
+def _checksum(manifest: str, row: np.ndarray, tokens: np.ndarray, subtask: Sequence[str] | None) -> str:
+    """sha256 (hex) over what a store says of its rows before any is computed."""
+    digest = hashlib.sha256(manifest.encode())
+    digest.update(row.astype("<i8").tobytes())
+    digest.update(tokens.astype("<i4").tobytes())
+    digest.update(json.dumps(subtask).encode())
+    return digest.hexdigest()
+
+
+def _check_room(path: Path, needed: int) -> None:
+    """Raise a DataflexError where the disk has less than `needed` bytes left: rows take theirs as they are written."""
+    disk = os.statvfs(path.parent)
+    free = disk.f_bavail * disk.f_frsize
+    if needed > free:
+        raise DataflexError(
+            f"gradient store {path}: {needed / 1e6:.3g} MB are needed and {free / 1e6:.3g} MB are free; make room, "
+            "or lower proj_dim, or choose a smaller store_dtype"
+        )
+
+
+def _in_use(path: Path) -> UsageError:
+    return UsageError(f"gradient store {path}: another process is writing it; wait for it, or name another file")
+
+
+def _lock(handle: int, path: Path) -> None:
+    """Keep other writers out for as long as `handle` is open; a UsageError where one is in."""
     try:
-        # from 1.10 on attributes may be longer than 64 KiB; the list of a large adapter's parameters is
-        with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
-            file.attrs["format"] = FORMAT
-            file.attrs["version"] = VERSION
-            file.attrs["manifest"] = json.dumps(manifest)
-            file.attrs["parameters"] = json.dumps(manifest["parameters"])
-            _allocate(file, "gradients", (count, width), WIDTH_DTYPE[dtype])
-            _allocate(file, "norm", (count,), np.float32)
-            _allocate(file, "loss", (count,), np.float32)
-            _allocate(file, "done", (count,), np.uint8)
-            file["row"] = row.astype(np.int64)
-            file["tokens"] = tokens.astype(np.int32)
-            if subtask is not None:
-                longest = max(len(name.encode()) for name in subtask)
-                file.create_dataset(
-                    "subtask", data=[n.encode() for n in subtask], dtype=h5py.string_dtype("utf-8", longest)
-                )
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise DataflexError(f"gradient store {path}: cannot be written ({error})") from error
-        raise
+        # a record lock: HDF5 itself takes flock locks, and readers must not be kept out
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise _in_use(path) from None
+
+
+@contextlib.contextmanager
+def _opened_for_writing(path: Path) -> Iterator[int]:
+    try:
+        handle = os.open(path, os.O_RDWR)
+    except OSError as error:
+        raise UsageError(f"gradient store {path}: cannot be written ({error.strerror})") from None
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _keeping_writers_out(path: Path) -> Iterator[None]:
+    """Hold the lock of a store that is about to be replaced, if there is one."""
+    if not path.exists():
+        yield
+        return
+    with _opened_for_writing(path) as handle:
+        _lock(handle, path)
+        yield
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any) -> None:
@@ -211,21 +325,25 @@ class StoreWriter:
                 for name, data in datasets.items()
             }
         self.path = path
-        self._handle = os.open(path, os.O_RDWR)
-        try:
-            # a record lock: HDF5 itself takes flock locks, and readers must not be kept out
-            fcntl.lockf(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._handle)
-            raise UsageError(
-                f"gradient store {path}: another process is writing it; wait for it, or name another file"
-            ) from None
+        with contextlib.ExitStack() as stack:
+            self._handle = stack.enter_context(_opened_for_writing(path))
+            _lock(self._handle, path)
+            _check_room(path, self._bytes_to_come())
+            self._closing = stack.pop_all()
+
+    def _bytes_to_come(self) -> int:
+        """What the rows that are not done will still take of the disk."""
+        status = os.fstat(self._handle)
+        holes = status.st_size - 512 * status.st_blocks
+        return max(0, min(holes, int((~self.done).sum()) * sum(self._strides.values())))
 
     def write(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray) -> None:
-        """Commit rows: `vectors` [n, k] float32 (made unit here), `loss` [n]; on disk when this returns."""
+        """Commit rows: `vectors` [n, k] float32 (made unit here; zeros stay), `loss` [n]; on disk when this returns."""
         norms = np.linalg.norm(vectors, axis=1).astype(np.float32)
-        encoded = encode_rows(vectors / norms[:, None], self.dtype)
-        try:
+        lengths = norms[:, None]
+        encoded = encode_rows(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0), self.dtype)
+        kept = f"; {int(self.done.sum())} of {len(self.done)} rows are committed"
+        with disk_errors_of(f"gradient store {self.path}", kept):
             for position, index in enumerate(indices):
                 self._put("gradients", index, encoded[position])
                 self._put("norm", index, norms[position])
@@ -233,11 +351,6 @@ class StoreWriter:
             os.fdatasync(self._handle)
             for index in indices:
                 self._put("done", index, np.uint8(1))
-        except OSError as error:
-            raise DataflexError(
-                f"gradient store {self.path}: {error.strerror}; {int(self.done.sum())} of {len(self.done)} rows are "
-                "committed, and the same command goes on from there"
-            ) from error
         self.done[indices] = True
 
     def _put(self, name: str, index: int, value: Any) -> None:
@@ -248,8 +361,8 @@ class StoreWriter:
             data, place = data[written:], place + written
 
     def close(self) -> None:
-        os.fsync(self._handle)
-        os.close(self._handle)
+        with self._closing, disk_errors_of(f"gradient store {self.path}"):
+            os.fsync(self._handle)
 
     def __enter__(self) -> StoreWriter:
         return self

@@ -11,7 +11,7 @@ from dataflex.data.examples import Example
 from dataflex.gradients.direction import Direction
 from dataflex.gradients.passes import Pass, batches_of, project_rows
 from dataflex.gradients.projection import Identity, Queries
-from dataflex.influence.scores import ONE_SUBTASK
+from dataflex.influence.scores import ONE_SUBTASK, check_subtasks
 from dataflex.progress import SILENT, Progress
 
 
@@ -22,8 +22,11 @@ def exact_cosines(
     train_direction: Direction,
     validation_direction: Direction,
     progress: Progress = SILENT,
+    skip_bad: bool = False,
 ) -> tuple[list[str], np.ndarray]:
     """Each training row's mean cosine with each subtask's rows: names, and [S, N] float32.
+
+    With `skip_bad`, a row whose direction is all zero or not finite has NaN, or has no part in the means.
 
     Memory beyond the model: S × P float32 for the subtasks' mean directions.
     """
@@ -32,19 +35,26 @@ def exact_cosines(
     counts = torch.zeros(len(names), 1, device=run.device)
     identity = Identity(run.parameters)
     batches = batches_of(validation, run.token_budget, identity.dim)
-    for rows in project_rows(run, validation, batches, validation_direction, identity, progress, "eval gradients"):
-        unit = rows.vectors / rows.vectors.norm(dim=1, keepdim=True)
-        for index, vector in zip(rows.indices, unit, strict=True):
+    for rows in project_rows(
+        run, validation, batches, validation_direction, identity, progress, "eval gradients", skip_bad=skip_bad
+    ):
+        for index, vector in zip(rows.indices, rows.vectors, strict=True):
+            length = vector.norm()
+            if length == 0:
+                continue
             place = names.index(validation[index].subtask or ONE_SUBTASK)
-            queries[place] += vector
+            queries[place] += vector / length
             counts[place] += 1
     processes.sum_over([queries, counts])
+    check_subtasks([name for name, count in zip(names, counts, strict=True) if count == 0])
     queries /= counts
 
     cosines = np.empty((len(names), len(train)), dtype=np.float32)
     projector = Queries(queries)
     batches = batches_of(train, run.token_budget, projector.dim)
-    for rows in project_rows(run, train, batches, train_direction, projector, progress, "train gradients"):
+    for rows in project_rows(
+        run, train, batches, train_direction, projector, progress, "train gradients", skip_bad=skip_bad
+    ):
         products = rows.vectors[:, :-1] / rows.vectors[:, -1:].sqrt()
         for indices, values in processes.gather((rows.indices, products.T.cpu().numpy())):
             cosines[:, indices] = values

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dataflex.data.examples import Example
-from dataflex.errors import UsageError
+from dataflex.errors import DataflexError, UsageError
 from dataflex.files import read_jsonl, write_jsonl
 
 ONE_SUBTASK = "all"
@@ -29,7 +29,7 @@ class Scores:
     row: np.ndarray
     """[N] int64: row numbers in the source."""
     score: np.ndarray
-    """[N] float64"""
+    """[N] float64; NaN for a bad row that was skipped, which no file lists and no selection takes"""
     subtasks: dict[str, np.ndarray]
     """[N] float64 for each subtask: Σ_i η̄_i · mean cosine."""
     dataset: list[str] | None = None
@@ -84,6 +84,12 @@ def subtask_means(vectors: np.ndarray, subtask: Sequence[str] | None) -> tuple[l
     return names, np.stack(means).astype(np.float32)
 
 
+def check_subtasks(empty: Sequence[str]) -> None:
+    """Raise a DataflexError if any subtask is left with bad rows only."""
+    if empty:
+        raise DataflexError(f"subtask {empty[0]}: no validation row of it has a gradient to compare with")
+
+
 def reduce_subtasks(values: np.ndarray, how: str) -> np.ndarray:
     """[S, N] to [N]: the `mean` or the `max` over subtasks."""
     return values.mean(axis=0) if how == "mean" else values.max(axis=0)
@@ -92,12 +98,12 @@ def reduce_subtasks(values: np.ndarray, how: str) -> np.ndarray:
 def round_robin(values: np.ndarray) -> np.ndarray:
     """[S, N] to [N]: subtasks take turns at picking their best row that is left; earlier picks score higher.
 
-    The scores are 1 − position/N, so the n best are what n turns pick.
+    Rows that are NaN stay so, and are not picked. The scores are 1 − position/N, so the n best are what n turns pick.
     """
     subtasks, count = values.shape
-    queues = [iter(np.argsort(-row, kind="stable").tolist()) for row in values]
+    queues = [iter(np.argsort(-row, kind="stable").tolist()) for row in values]  # NaN comes last
     scores = np.full(count, np.nan)
-    for position in range(count):
+    for position in range(int((~np.isnan(values).any(axis=0)).sum())):
         queue = queues[position % subtasks]
         pick = next(index for index in queue if np.isnan(scores[index]))
         scores[pick] = 1 - position / count
@@ -136,8 +142,21 @@ def scores_of(
 
 
 def ranking(row: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """Indices from best to worst; equal scores in row order."""
+    """Indices from best to worst; equal scores in row order, NaN last."""
     return np.lexsort((row, -score))
+
+
+def best_rows(scores: Scores, count: int) -> list[int]:
+    """Indices of the `count` best rows, best first.
+
+    Raises:
+        DataflexError: if so many bad rows were skipped that fewer are left.
+    """
+    best = ranking(scores.row, scores.score)[:count]
+    left = int(np.isfinite(scores.score[best]).sum())
+    if left < count:
+        raise DataflexError(f"a selection takes {count} rows, but only {left} have a gradient that can be scored")
+    return best.tolist()
 
 
 def score_records(scores: Scores, indices: Iterable[int]) -> Iterable[dict[str, object]]:
@@ -152,8 +171,9 @@ def score_records(scores: Scores, indices: Iterable[int]) -> Iterable[dict[str, 
 
 
 def write_scores(scores: Scores, path: Path) -> None:
-    """Write a score file in row order; atomic."""
-    write_jsonl(path, score_records(scores, np.argsort(scores.row, kind="stable").tolist()))
+    """Write a score file in row order, without the bad rows; atomic."""
+    order = np.argsort(scores.row, kind="stable")
+    write_jsonl(path, score_records(scores, order[np.isfinite(scores.score[order])].tolist()))
 
 
 def read_scores(path: str | Path) -> Scores:

@@ -32,6 +32,9 @@ def score(config: RunConfig, progress: Progress = SILENT) -> Path:
     if config.exact and (config.train_stores or config.eval_stores):
         raise UsageError("exact scores need no stores; give either --exact with --checkpoint, or --train and --eval")
     scores = _exact_scores(config, progress) if config.exact else _stored_scores(config, progress)
+    skipped = int(np.isnan(scores.score).sum())
+    if skipped:
+        progress.say(f"{skipped} of {len(scores.row)} rows have no gradient that can be scored; they are left out")
     if processes.rank() == 0:
         write_scores(scores, path)
     processes.barrier()
@@ -66,7 +69,9 @@ def _exact_scores(config: RunConfig, progress: Progress) -> Scores:
         check_vocabulary(run.model, [*train, *validation], config.template)
         train_direction = make_direction(config.gradient_type, config.adam_formula, held, run.slots)
         eval_direction = make_direction(config.eval_gradient_type, config.adam_formula, held, run.slots)
-        names, values = exact_cosines(run, train, validation, train_direction, eval_direction, progress)
+        names, values = exact_cosines(
+            run, train, validation, train_direction, eval_direction, progress, config.skip_bad_rows
+        )
         cosines.append(values)
     total, by_subtask = influence(cosines, weights, config.reduce)
     return scores_of(train, len(config.dataset) > 1, names, total, by_subtask)

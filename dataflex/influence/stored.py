@@ -10,7 +10,7 @@ import numpy as np
 from dataflex.errors import UsageError
 from dataflex.gradients.manifest import PROJECTION_KEYS, differences
 from dataflex.gradients.store import GradientStore, open_store
-from dataflex.influence.scores import subtask_means
+from dataflex.influence.scores import ONE_SUBTASK, check_subtasks, subtask_means
 from dataflex.progress import SILENT, Progress
 
 BLOCK_BYTES = 64 << 20
@@ -21,16 +21,29 @@ def stored_cosines(
 ) -> tuple[list[str], np.ndarray]:
     """Each training row's mean cosine with each subtask's rows: names, and [S, N] float32.
 
-    Resident memory is a block of training rows plus the validation store.
+    Bad rows that were skipped have NaN, or have no part in the means. Resident memory is a block of training
+    rows plus the validation store.
     """
-    names, queries = subtask_means(validation[:], validation.subtask)
+    names, queries = _means_of(validation)
     block = max(1, BLOCK_BYTES // (4 * train.dim))
     cosines = np.empty((len(names), len(train)), dtype=np.float32)
     with progress.task("scoring", len(train), "rows") as task:
         for start, rows in train.blocks(block):
             cosines[:, start : start + len(rows)] = queries @ rows.T
             task.advance(len(rows))
+    if not np.isfinite(cosines).all():
+        raise UsageError(f"gradient store {train.path}: damaged, it holds numbers that are not finite")
+    cosines[:, train.bad] = np.nan
     return names, cosines
+
+
+def _means_of(validation: GradientStore) -> tuple[list[str], np.ndarray]:
+    """The mean unit vector of each subtask's rows, the bad ones left out."""
+    good = np.flatnonzero(~validation.bad)
+    subtask = validation.subtask
+    kept = None if subtask is None else [subtask[index] for index in good]
+    check_subtasks(sorted(set(subtask or [ONE_SUBTASK]) - set(kept or [ONE_SUBTASK] * min(1, len(good)))))
+    return subtask_means(validation[:][good], kept)
 
 
 def open_pairs(
@@ -49,11 +62,11 @@ def open_pairs(
         )
     pairs = [(open_store(first), open_store(second)) for first, second in zip(train, validation, strict=True)]
     for ours, theirs in pairs:
-        ours.require_whole()
-        theirs.require_whole()
         differing = differences(ours.manifest, theirs.manifest, PROJECTION_KEYS)
         if differing:
             raise UsageError(f"{ours.path} and {theirs.path} cannot be compared, they differ in {', '.join(differing)}")
+        ours.require_whole()
+        theirs.require_whole()
     first, first_validation = pairs[0]
     for ours, theirs in pairs[1:]:
         for one, other in ((first, ours), (first_validation, theirs)):

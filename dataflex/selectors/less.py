@@ -56,6 +56,7 @@ def _exact(situation: Situation) -> tuple[list[str], np.ndarray]:
         make_direction(config.gradient_type, config.adam_formula, situation.moments, run.slots),
         make_direction(config.eval_gradient_type, config.adam_formula, situation.moments, run.slots),
         situation.progress,
+        config.skip_bad_rows,
     )
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from dataflex.errors import UsageError
 from dataflex.files import write_text
 from dataflex.training.moments import FILE_NAME as MOMENTS
 
@@ -30,6 +31,23 @@ def last_checkpoint(output_dir: Path) -> Path | None:
         if resumable and (best is None or int(step) > best[0]):
             best = (int(step), folder)
     return best[1] if best else None
+
+
+def check_resume(wish: bool | str | None, output_dir: Path) -> None:
+    """Raise a UsageError where `resume_from_checkpoint` asks for another course than going on from the newest
+    checkpoint in `output_dir`."""
+    whole = [folder for folder in output_dir.glob("checkpoint-*") if (folder / MOMENTS).is_file()]
+    newest = max(whole, key=lambda folder: step_of(folder), default=None)
+    if wish is False and newest is not None:
+        raise UsageError(f"resume_from_checkpoint is false, but {newest} is there; give --overwrite to start afresh")
+    if not isinstance(wish, str):
+        return
+    if newest is None or Path(wish).resolve() != newest.resolve():
+        there = f"the newest is {newest}" if newest else f"{output_dir} has no checkpoint"
+        raise UsageError(
+            f"resume_from_checkpoint: a run goes on from the newest checkpoint in its output_dir, not from {wish}; "
+            f"{there}. To train on from another run's adapter, name it as adapter_name_or_path"
+        )
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -10,24 +10,24 @@ import torch
 from dataflex import processes
 from dataflex.config import RunConfig, require
 from dataflex.data.examples import Split, load_split
-from dataflex.errors import UsageError
 from dataflex.files import check_output_dir
 from dataflex.model import (
+    adapter_fingerprint,
     add_lora,
     check_vocabulary,
-    compute_dtype,
-    device,
     load_adapter,
-    load_base_model,
+    load_frozen_model,
     load_tokenizer,
     model_fingerprint,
+    on_device,
 )
 from dataflex.progress import SILENT, Progress
 from dataflex.provenance import FILE_NAME, LOCK_NAME, RunRecord, Stopwatch, find_record, open_record, origin
+from dataflex.training.arguments import training_arguments
 from dataflex.training.plots import plot_loss
-from dataflex.training.resume import forget_later, last_checkpoint, step_of
+from dataflex.training.resume import check_resume, forget_later, last_checkpoint, step_of
 from dataflex.training.schedule import random_rows, training_steps, warmup_steps
-from dataflex.training.trainer import fit, training_arguments
+from dataflex.training.trainer import fit
 
 
 def warmup(config: RunConfig, progress: Progress = SILENT) -> Path:
@@ -84,7 +84,10 @@ def check_run_folder(config: RunConfig) -> None:
     begun = (folder / FILE_NAME).is_file() or (
         folder.is_dir() and {path.name for path in folder.iterdir()} == {LOCK_NAME}
     )
-    check_output_dir(folder, "output_dir", begun or config.overwrite or config.overwrite_output_dir)
+    afresh = config.overwrite or config.overwrite_output_dir
+    check_output_dir(folder, "output_dir", begun or afresh)
+    if not afresh:
+        check_resume(config.resume_from_checkpoint, folder)
 
 
 def origin_of(config: RunConfig, command: str, split: Split, validation: Split | None) -> dict[str, Any]:
@@ -94,6 +97,7 @@ def origin_of(config: RunConfig, command: str, split: Split, validation: Split |
         command,
         data=split.hash,
         eval_data=validation.hash if validation else None,
+        adapters=[adapter_fingerprint(path) for path in config.adapter_name_or_path or []],
         base_model=model_fingerprint(config),
     )
 
@@ -125,14 +129,8 @@ def begin(config: RunConfig, came_from: dict[str, Any], progress: Progress) -> R
 
 def trainable_model(config: RunConfig, split: Split) -> torch.nn.Module:
     """The base model on its device with a fresh adapter, or with the one to go on from."""
-    from transformers.integrations import is_deepspeed_zero3_enabled
-
-    base: Any = load_base_model(config, compute_dtype(config))
-    check_vocabulary(base, split.examples, config.template)
-    if config.adapter_name_or_path is None:
-        model = add_lora(base, config)
-    elif len(config.adapter_name_or_path) > 1:
-        raise UsageError("adapter_name_or_path names several adapters; merge all but the last into the model first")
-    else:
-        model = load_adapter(base, config.adapter_name_or_path[0], config)
-    return model if is_deepspeed_zero3_enabled() else model.to(device())
+    frozen = load_frozen_model(config)
+    check_vocabulary(frozen, split.examples, config.template)
+    if config.resumed_adapter is None:
+        return on_device(add_lora(frozen, config))
+    return on_device(load_adapter(frozen, config.resumed_adapter, config))

@@ -13,70 +13,19 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from dataflex import processes
 from dataflex.config import RunConfig
 from dataflex.data.batches import collate
 from dataflex.data.examples import Example
-from dataflex.errors import UsageError
+from dataflex.errors import DataflexError
+from dataflex.files import disk_errors_of
 from dataflex.lora import layout, lora_pairs
-from dataflex.progress import Progress, Task
+from dataflex.progress import Interrupted, Progress, Task
 from dataflex.training.moments import AdamMoments, live_moments, load_moments, save_moments
 from dataflex.training.resume import last_checkpoint, step_of
 
 RowsForStep = Callable[[int, "RowTrainer"], list[int]]
 """(step about to be taken, trainer) → indices of that step's rows, over all processes."""
-
-
-def training_arguments(config: RunConfig, total_steps: int) -> TrainingArguments:
-    """The YAML's training keys under transformers 5's names.
-
-    Raises:
-        UsageError: with what transformers has to say of a value it does not take.
-    """
-    warmup = config.warmup_steps or config.warmup_ratio  # a value below 1 is a share there, too
-    eval_steps = config.eval_steps or config.logging_steps
-    values = dict(
-        output_dir=config.output_dir,
-        seed=config.seed,
-        max_steps=total_steps,
-        per_device_train_batch_size=config.per_device_train_batch_size,
-        per_device_eval_batch_size=config.per_device_eval_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler_type,
-        lr_scheduler_kwargs=config.lr_scheduler_kwargs,
-        warmup_steps=warmup,
-        optim=config.optim,
-        weight_decay=config.weight_decay,
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_epsilon=config.adam_epsilon,
-        max_grad_norm=config.max_grad_norm,
-        bf16=config.bf16 and not config.pure_bf16,
-        fp16=config.fp16,
-        gradient_checkpointing=not config.disable_gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        neftune_noise_alpha=config.neftune_noise_alpha,
-        logging_steps=config.logging_steps,
-        save_strategy=config.save_strategy,
-        save_steps=config.save_steps,
-        save_total_limit=config.save_total_limit,
-        save_only_model=config.save_only_model,
-        eval_strategy=config.eval_strategy,
-        eval_steps=eval_steps,
-        report_to=config.report_to,
-        run_name=config.run_name,
-        ddp_timeout=config.ddp_timeout,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        disable_tqdm=True,
-        deepspeed=config.deepspeed,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-    )
-    try:
-        return TrainingArguments(**values)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"training keys: {str(error).strip().splitlines()[0]}") from error
 
 
 class RowTrainer(Trainer):
@@ -98,8 +47,9 @@ class RowTrainer(Trainer):
         self.steps_per_epoch = steps_per_epoch
         self.save_at = save_at
         self.last_learning_rate = 0.0
+        self.log_callback = RunLog(self, task)
         self.remove_callback(PrinterCallback)
-        self.add_callback(RunLog(self, task))
+        self.add_callback(self.log_callback)
 
     def get_train_dataloader(self) -> DataLoader:
         """As many batches as an epoch has; they only count, `get_batch_samples` brings the rows."""
@@ -128,13 +78,25 @@ class RunLog(TrainerCallback):
         self.trainer = trainer
         self.task = task
         self.started = time.monotonic()
+        self.began = False
+        """Whether the checkpoint to go on from, if any, has been read."""
+        self.interrupted: Interrupted | None = None
+        """Raised by `fit` when the checkpoint of the step it came in is on disk."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         # read here: once the step is over, the schedule has moved on to the next step's rate
         self.trainer.last_learning_rate = float(optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        self.task.advance(1)
+        try:
+            processes.advance(self.task)
+        except Interrupted as stop:
+            self.interrupted = stop
+            args.save_only_model = False  # this checkpoint is there to go on from
+            control.should_save = control.should_training_stop = True
         # the end of the run is a checkpoint, whatever save_strategy says
         if state.global_step >= state.max_steps or state.global_step in self.trainer.save_at:
             control.should_save = True
@@ -170,6 +132,14 @@ class RunLog(TrainerCallback):
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _kept(output_dir: Path, steps: int) -> str:
+    """What a training that ends here leaves."""
+    checkpoint = last_checkpoint(output_dir)
+    if checkpoint is None:
+        return f"step 0 of {steps}, no checkpoint yet"
+    return f"step {step_of(checkpoint)} of {steps} is saved in {checkpoint}"
 
 
 def fit(
@@ -212,8 +182,23 @@ def fit(
         if checkpoint is not None:
             trainer.last_learning_rate = load_moments(checkpoint).learning_rate
             task.advance(step_of(checkpoint))
-        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model()
-    trainer.save_state()
-    trainer.save_metrics("train", result.metrics)
+        try:
+            with disk_errors_of(f"output_dir {output_dir}", " from the last whole checkpoint"):
+                result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if trainer.log_callback.interrupted is not None:
+                raise trainer.log_callback.interrupted
+        except Interrupted as stop:
+            if processes.rank() == 0:
+                stop.add_note(_kept(output_dir, args.max_steps))
+            raise
+        except Exception as error:
+            if checkpoint is None or trainer.log_callback.began:
+                raise
+            raise DataflexError(
+                f"{checkpoint} is damaged ({error}); delete it, and the same command goes on from the one before"
+            ) from error
+    with disk_errors_of(f"output_dir {output_dir}", " from the last checkpoint"):
+        trainer.save_model()
+        trainer.save_state()
+        trainer.save_metrics("train", result.metrics)
     return trainer.state.log_history

@@ -1,0 +1,78 @@
+"""What the YAML says of training, as transformers' TrainingArguments.
+
+A key of the same name in both goes through as it stands; here is what has another name or another meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from dataflex.config import RunConfig
+from dataflex.errors import UsageError
+
+KNOWN = {field.name for field in dataclasses.fields(TrainingArguments)}
+
+
+def training_arguments(config: RunConfig, total_steps: int) -> TrainingArguments:
+    """The TrainingArguments of a run of `total_steps` optimizer steps.
+
+    Raises:
+        UsageError: with what transformers has to say of a value it does not take.
+    """
+    missing = sorted(config.training_arguments.keys() - KNOWN)
+    if missing:
+        raise UsageError(f"key {', '.join(missing)}: the installed transformers does not have it; upgrade it")
+    values = {name: getattr(config, name) for name in type(config).model_fields if name in KNOWN}
+    values |= {
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,  # every LoRA pair takes part in a step
+        **config.training_arguments,
+        "max_steps": total_steps,
+        "warmup_steps": config.warmup_steps or config.warmup_ratio,  # a value below 1 is a share there, too
+        "eval_steps": config.eval_steps or config.logging_steps,
+        "bf16": config.bf16 and not config.pure_bf16,  # pure bfloat16 leaves autocast nothing to do
+        **_checkpointing(config.gradient_checkpointing and not config.disable_gradient_checkpointing),
+        "resume_from_checkpoint": None,  # `fit` finds the checkpoint
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "disable_tqdm": True,
+        "use_cpu": not torch.cuda.is_available(),
+    }
+    try:
+        arguments = TrainingArguments(**values)
+        _check_trackers(arguments)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        message = str(error).strip().splitlines()[0]
+        given = config.model_fields_set | config.training_arguments.keys()
+        named = [key for key in dict.fromkeys(re.findall(r"\w+", message)) if key in given and key in KNOWN]
+        raise UsageError(f"{'key ' + ', '.join(named) if named else 'training keys'}: {message}") from error
+    if config.logging_dir is not None:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = config.logging_dir  # where transformers 5 looks for it
+    return arguments
+
+
+def _checkpointing(on: bool) -> dict[str, Any]:
+    """Gradient checkpointing under the name this transformers has for it.
+
+    Not reentrant: the inputs of a frozen base have no gradient, which the reentrant kind needs.
+    """
+    name = "activation_checkpointing" if "activation_checkpointing" in KNOWN else "gradient_checkpointing"
+    other = {"gradient_checkpointing": None} if name != "gradient_checkpointing" else {}
+    return {**other, name: on, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _check_trackers(arguments: TrainingArguments) -> None:
+    """Make each tracker's callback once, as the trainer does after the model is loaded: a missing one shows now."""
+    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+
+    for callback in get_reporting_integration_callbacks(arguments.report_to):
+        try:
+            callback()
+        except (ImportError, RuntimeError) as error:
+            raise UsageError(f"report_to: {str(error).strip().splitlines()[0]}") from error

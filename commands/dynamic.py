@@ -81,7 +81,7 @@ def _show(console: Console, folder: Path, run: dict[str, Any]) -> None:
     console.facts(
         "The run",
         {
-            "optimizer steps": f"{run['steps']} of {run['rows_per_step']} rows",
+            "optimizer steps": f"{run['steps']}, {run['rows_per_step']} rows each",
             "selections": f"{len(made)}, listed in {folder}/selections/",
             f"loss on {run['eval_rows']} eval rows": "{before:.4f} before, {after:.4f} after".format(
                 **run["eval_loss"]

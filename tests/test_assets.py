@@ -57,15 +57,21 @@ def test_a_second_run_changes_nothing_and_needs_no_torch(
     repo: Path, data_dir: Path, model_dir: Path, gguf_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    files = [*data_dir.glob("*.json"), gguf_file, *model_dir.iterdir()]
+    files = [*data_dir.glob("*.json*"), gguf_file, *model_dir.iterdir()]
     before = {path: path.stat().st_mtime_ns for path in files}
 
     done = run_script(repo, PYTHONPATH=str(tmp_path))
 
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 7 and all(line.endswith(": there") for line in lines), done.stdout
+    assert len(lines) == 8 and all(line.endswith(": there") for line in lines), done.stdout
     assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+def test_the_held_out_rows_are_the_last_of_their_dataset(data_dir: Path) -> None:
+    rows = json.loads((data_dir / "glaive_toolcall_en_demo.json").read_text(encoding="utf-8"))
+    held_out = (data_dir / "toolcall_heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in held_out] == rows[-10:]
 
 
 def test_quiet_says_nothing_when_nothing_is_to_do(repo: Path, model_dir: Path) -> None:

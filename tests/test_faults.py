@@ -23,9 +23,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dataflex import dynamic, grads, load_config, load_examples, open_store, score, warmup
+from dataflex import dynamic, grads, load_config, open_store, score, warmup
+from dataflex.data.examples import load_split
 from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients import passes
+from dataflex.model import load_tokenizer
 from dataflex.progress import Silent
 
 
@@ -417,9 +419,10 @@ JSON = st.recursive(
     max_leaves=6,
 )
 FIELDS = ("instruction", "input", "output", "system", "history", "messages", "conversations", "tools", "subtask")
+ROLES = ("user", "assistant", "human", "gpt", "tool")
 TURNS = st.lists(
     st.fixed_dictionaries(
-        {}, optional={key: st.sampled_from(["user", "assistant", "human", "gpt", "tool"]) | JSON for key in ("role", "from")}
+        {}, optional={key: st.sampled_from(ROLES) | JSON for key in ("role", "from")}
         | {key: JSON for key in ("content", "value", "tool_calls")},
     ),
     max_size=4,
@@ -427,16 +430,22 @@ TURNS = st.lists(
 RECORD = st.fixed_dictionaries({}, optional={name: st.text(max_size=8) | TURNS | JSON for name in FIELDS})
 
 
+@pytest.fixture(scope="module")
+def tokenizer(settings):
+    return load_tokenizer(load_config(options=settings))
+
+
 @hypothesis_settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(lines=st.lists(RECORD.map(json.dumps) | JSON.map(json.dumps) | st.text(max_size=10), max_size=4))
-def test_any_lines_are_rows_or_one_message(settings, tmp_path, monkeypatch, lines):
+def test_any_lines_are_rows_or_one_message(settings, tokenizer, tmp_path, monkeypatch, lines):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8", errors="replace")
     try:
-        examples = load_examples(load_config(options={**settings, "dataset": str(path), "max_samples": None}))
+        config = load_config(options={**settings, "dataset": str(path), "max_samples": None})
+        examples = load_split(config, tokenizer).examples
     except UsageError as error:
         assert "rows.jsonl" in str(error) or "template" in str(error)
     else:

@@ -41,13 +41,14 @@ _ROW_KEYS = ("cutoff_len", "train_on_prompt", "mask_history", "enable_thinking",
 class Split:
     """The training or the validation data of a run.
 
-    `hash`: sha256 over the bytes of its files, and over what decides the draw where rows are drawn at random.
+    `files`: sha256 over the bytes of its files; `hash`: that, and what decides the draw where rows are drawn at random.
     `examples` may be larger than memory: each is read from disk when it is asked for.
     """
 
     examples: Sequence[Example]
     report: Report
     hash: str
+    files: str
 
 
 def load_examples(config: RunConfig, split: Literal["train", "eval"] = "train") -> list[Example]:
@@ -77,7 +78,7 @@ def load_split(
     sources = find_sources(names, config.dataset_dir)
     for source in sources:
         _warn_of_unread_fields(source)
-    content = data_hash(sources)
+    files = content = data_hash(sources)
     if config.val_size or any(source.num_samples for source in sources):
         draw = [content, config.seed, config.val_size, split if config.val_size else None]
         content = hashlib.sha256(json.dumps(draw).encode()).hexdigest()
@@ -109,7 +110,7 @@ def load_split(
     if not rows:
         raise UsageError(_nothing_left(_key_of(config, split), names, report))
     progress.say(report.summary(f"{split} data"))
-    return Split(rows, report, content)
+    return Split(rows, report, content, files)
 
 
 def split_names(config: RunConfig, split: str) -> list[str]:

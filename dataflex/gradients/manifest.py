@@ -43,6 +43,7 @@ def describe(
         "dataset": split_names(config, split_name),
         "datasets": dataset_starts(split),
         "data": split.hash,
+        "files": split.files,
         "template": config.template,
         "cutoff_len": config.cutoff_len,
         "max_samples": config.max_samples,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,8 +14,10 @@ from dataflex.errors import UsageError
 from dataflex.files import check_output_file
 from dataflex.gradients.collect import checkpoint_pass
 from dataflex.gradients.direction import make_direction
+from dataflex.gradients.manifest import describe
 from dataflex.influence.exact import exact_cosines
 from dataflex.influence.scores import Scores, influence, parse_weights, scores_of, write_scores
+from dataflex.influence.sidecar import store_facts, write_with_manifest
 from dataflex.influence.stored import open_pairs, stored_cosines
 from dataflex.model import check_vocabulary, load_tokenizer
 from dataflex.progress import SILENT, Progress
@@ -31,17 +34,19 @@ def score(config: RunConfig, progress: Progress = SILENT) -> Path:
     path = check_output_file(config.output, config.overwrite)
     if config.exact and (config.train_stores or config.eval_stores):
         raise UsageError("exact scores need no stores; give either --exact with --checkpoint, or --train and --eval")
-    scores = _exact_scores(config, progress) if config.exact else _stored_scores(config, progress)
+    scores, came_from = _exact_scores(config, progress) if config.exact else _stored_scores(config, progress)
     skipped = int(np.isnan(scores.score).sum())
     if skipped:
         progress.say(f"{skipped} of {len(scores.row)} rows have no gradient that can be scored; they are left out")
     if processes.rank() == 0:
-        write_scores(scores, path)
+        listed = len(scores.row) - skipped
+        came_from = {"command": "score", "reduce": config.reduce, **came_from}
+        write_with_manifest(path, lambda: write_scores(scores, path), listed, came_from)
     processes.barrier()
     return path
 
 
-def _stored_scores(config: RunConfig, progress: Progress) -> Scores:
+def _stored_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[str, Any]]:
     require(config, "score", "train_stores", "eval_stores")
     pairs = open_pairs(config.train_stores, config.eval_stores)
     weights = parse_weights(config.weights, [train.manifest["learning_rate"] for train, _ in pairs])
@@ -49,10 +54,17 @@ def _stored_scores(config: RunConfig, progress: Progress) -> Scores:
     total, by_subtask = influence([cosines for _, cosines in results], weights, config.reduce)
     train = pairs[0][0]
     names = results[0][0]
-    return Scores(train.row, total, dict(zip(names, by_subtask, strict=True)), train.dataset)
+    came_from = {
+        "files": train.manifest.get("files"),
+        "weights": weights,
+        "checkpoints": [
+            {"train": store_facts(ours.manifest), "eval": store_facts(theirs.manifest)} for ours, theirs in pairs
+        ],
+    }
+    return Scores(train.row, total, dict(zip(names, by_subtask, strict=True)), train.dataset), came_from
 
 
-def _exact_scores(config: RunConfig, progress: Progress) -> Scores:
+def _exact_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[str, Any]]:
     require(config, "score --exact", "model_name_or_path", "dataset", "eval_dataset", "checkpoint")
     processes.join(config.ddp_timeout)
     checkpoints = [Path(checkpoint) for checkpoint in config.checkpoint]
@@ -60,11 +72,12 @@ def _exact_scores(config: RunConfig, progress: Progress) -> Scores:
     rates = [held.learning_rate if held else config.learning_rate for held in moments]
     weights = parse_weights(config.weights, rates)
     tokenizer = load_tokenizer(config)
-    train = load_split(config, tokenizer, "train", progress).examples
-    validation = load_split(config, tokenizer, "eval", progress).examples
+    splits = [load_split(config, tokenizer, split, progress) for split in ("train", "eval")]
+    train, validation = (split.examples for split in splits)
+    made: list[dict[str, Any]] = []
     names: list[str] = []
     cosines: list[np.ndarray] = []
-    for checkpoint, held in zip(checkpoints, moments, strict=True):
+    for checkpoint, held, rate in zip(checkpoints, moments, rates, strict=True):
         run = checkpoint_pass(config, checkpoint, tokenizer.pad_token_id)
         check_vocabulary(run.model, [*train, *validation], config.template)
         train_direction = make_direction(config.gradient_type, config.adam_formula, held, run.slots)
@@ -73,5 +86,12 @@ def _exact_scores(config: RunConfig, progress: Progress) -> Scores:
             run, train, validation, train_direction, eval_direction, progress, config.skip_bad_rows
         )
         cosines.append(values)
+        made.append(
+            {
+                name: store_facts(describe(config, run, split, name, held, held.step if held else 0, rate))
+                for name, split in zip(("train", "eval"), splits, strict=True)
+            }
+        )
     total, by_subtask = influence(cosines, weights, config.reduce)
-    return scores_of(train, len(config.dataset) > 1, names, total, by_subtask)
+    came_from = {"files": splits[0].files, "weights": weights, "checkpoints": made}
+    return scores_of(train, len(config.dataset) > 1, names, total, by_subtask), came_from

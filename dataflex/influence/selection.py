@@ -8,11 +8,12 @@ import numpy as np
 
 from dataflex.config import RunConfig, require
 from dataflex.data.catalog import find_sources
-from dataflex.data.records import read_records
+from dataflex.data.records import data_hash, read_records
 from dataflex.data.subset import subset_records
 from dataflex.errors import UsageError
-from dataflex.files import check_output_file, write_jsonl
+from dataflex.files import check_output_file, sha256_of, write_jsonl
 from dataflex.influence.scores import Scores, ranking, read_scores
+from dataflex.influence.sidecar import read_manifest, write_with_manifest
 from dataflex.progress import SILENT, Progress
 
 
@@ -54,6 +55,13 @@ def select(config: RunConfig, progress: Progress = SILENT) -> Path:
     chosen = choose(scores, top=config.top, count=config.count, threshold=config.threshold)
 
     sources = find_sources(names, config.dataset_dir)
+    files = data_hash(sources)
+    manifest = read_manifest(Path(config.scores), len(scores.row), progress)
+    if manifest is not None and manifest.get("files") not in (None, files):
+        raise UsageError(
+            f"scores {config.scores} were made from other data than {', '.join(names)}: its files had the hash "
+            f"{str(manifest['files'])[:12]}, these have {files[:12]}; name the data as it was scored, or score it again"
+        )
     rows = [int(scores.row[index]) for index in chosen]
     total = sum(len(read_records(source)) for source in sources)
     if scores.row.max() >= total:
@@ -65,7 +73,13 @@ def select(config: RunConfig, progress: Progress = SILENT) -> Path:
     if not config.plain:
         for record, index in zip(records, chosen, strict=True):
             record["dataflex"] = {"row": int(scores.row[index]), "score": float(scores.score[index])}
-    write_jsonl(path, records)
+    came_from = {
+        "command": "select",
+        **{rule: getattr(config, rule) for rule in ("top", "count", "threshold")},
+        "files": files,
+        "scores": manifest or {"sha256": sha256_of(config.scores)},
+    }
+    write_with_manifest(path, lambda: write_jsonl(path, records), len(records), came_from)
     progress.say(
         f"{len(records)} of {len(scores.row)} scored rows selected, "
         f"scores {scores.score[chosen[-1]]:.4g} to {scores.score[chosen[0]]:.4g}"

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from dataflex import load_config, select
+from dataflex.data.catalog import find_sources
+from dataflex.data.records import data_hash
 from dataflex.errors import UsageError
+from dataflex.files import write_jsonl
 from dataflex.influence.scores import Scores
 from dataflex.influence.selection import choose
+from dataflex.influence.sidecar import place_of, write_with_manifest
 
 
 def scores(values: list[float]) -> Scores:
@@ -61,3 +65,43 @@ def test_scores_of_other_data_are_refused(tmp_path):
     with pytest.raises(UsageError, match=r"row 3 is past the end of .*\(3 rows\)"):
         select(load_config(options=options))
     assert not (tmp_path / "subset.jsonl").exists()
+
+
+@pytest.fixture
+def made(tmp_path):
+    """Scores with their manifest, and the data they were made from."""
+    data = write_lines(tmp_path / "data.jsonl", [{"instruction": f"say {i}", "output": "b"} for i in range(4)])
+    path = tmp_path / "s.jsonl"
+    records = [{"row": i, "score": i / 4} for i in range(4)]
+    came_from = {"files": data_hash(find_sources([data], "data"))}
+    write_with_manifest(path, lambda: write_jsonl(path, records), 4, came_from)
+    return path, {"scores": str(path), "data": data, "count": 1, "output": str(tmp_path / "subset.jsonl")}
+
+
+def test_a_subset_says_what_it_came_from(made):
+    _, options = made
+    place = place_of(select(load_config(options=options)))
+    found = json.loads(place.read_text())
+    assert (found["rows"], found["count"], found["files"]) == (1, 1, found["scores"]["files"])
+    assert found["scores"]["rows"] == 4
+
+
+def test_data_that_changed_after_scoring_is_refused(made, tmp_path):
+    _, options = made
+    (tmp_path / "data.jsonl").write_text((tmp_path / "data.jsonl").read_text().replace("say 2", "say more"))
+    with pytest.raises(UsageError, match=r"s\.jsonl were made from other data than .*data\.jsonl.*or score it again"):
+        select(load_config(options=options))
+    assert not (tmp_path / "subset.jsonl").exists()
+
+
+def test_scores_that_lost_rows_are_refused_and_edited_ones_are_taken(made):
+    path, options = made
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]))
+    with pytest.raises(UsageError, match=r"s\.jsonl: 3 of 4 rows are left"):
+        select(load_config(options=options))
+    path.write_text("".join(lines).replace("0.75", "0.1"))
+    assert '"row": 2' in select(load_config(options=options)).read_text()
+    place_of(path).write_text("{")
+    with pytest.raises(UsageError, match=r"s\.jsonl\.manifest\.json: not readable"):
+        select(load_config(options={**options, "overwrite": True}))

@@ -1,0 +1,66 @@
+"""What a score file or a subset came from, in `FILE.manifest.json` beside it: their own lines have no room for it.
+
+The manifest names its file by hash, so it says nothing of a file that was edited or put in its place. It is removed
+before its file is written and written after it; a file without one is taken as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dataflex.errors import UsageError
+from dataflex.files import sha256_of, write_json
+from dataflex.progress import Progress
+
+SUFFIX = ".manifest.json"
+
+# Of a store's manifest, what its scores owe to it.
+KEYS = (
+    *("model_name_or_path", "base_model", "adapter", "dtype", "dataset", "data", "files", "template", "cutoff_len"),
+    *("max_samples", "train_on_prompt", "mask_history", "gradient_type", "adam_formula", "moments", "projector"),
+    *("proj_dim", "proj_seed", "store_dtype", "step", "learning_rate", "versions"),
+)
+
+
+def place_of(path: Path) -> Path:
+    """Where the manifest of `path` is."""
+    return path.with_name(path.name + SUFFIX)
+
+
+def write_with_manifest(path: Path, write: Callable[[], None], rows: int, came_from: Mapping[str, Any]) -> None:
+    """Write a file by `write`, and its manifest."""
+    place_of(path).unlink(missing_ok=True)
+    write()
+    write_json(place_of(path), {"sha256": sha256_of(path), "rows": rows, **came_from})
+
+
+def read_manifest(path: Path, rows: int, progress: Progress) -> dict[str, Any] | None:
+    """What `path`, which has `rows` rows, came from; None where that is not known.
+
+    Raises:
+        UsageError: if the manifest cannot be read, or the file has lost rows.
+    """
+    place = place_of(path)
+    try:
+        manifest = json.loads(place.read_text(encoding="utf-8"))
+        digest, written = manifest["sha256"], int(manifest["rows"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{place}: not readable ({error}); delete it to use {path.name} as it is") from None
+    if digest == sha256_of(path):
+        return manifest
+    if rows < written:
+        raise UsageError(
+            f"{path}: {rows} of {written} rows are left; make it again, or delete {place} if that is meant"
+        )
+    progress.say(f"{path} has been changed since {place.name} was written, which is not looked at")
+    return None
+
+
+def store_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a store's manifest that goes on to its scores."""
+    return {key: manifest.get(key) for key in KEYS}

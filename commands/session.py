@@ -100,6 +100,8 @@ def session(
         given = {key: value for key, value in options.items() if not (value is None or value is False or value == [])}
         with stoppable(console), _warnings_to(console, debug), contextlib.redirect_stdout(sys.stderr):
             config = load_config(path, overrides, given)
+            if config.trust_remote_code and config.model_name_or_path:
+                console.warning(f"trust_remote_code: the code that {config.model_name_or_path} brings is run")
             if not alone:
                 _start_processes(config, nproc)
             yield Session(config, console)

@@ -411,14 +411,15 @@ def require(config: RunConfig, command: str, *keys: str) -> None:
 def save_config(config: RunConfig, path: Path) -> None:
     """Write `config` as a YAML that `load_config` reads back; atomic.
 
-    The selector's parameters are resolved already, so the components file is left out.
+    The selector's parameters are resolved already, so the components file is left out; so are secrets.
     """
     import yaml
 
     from dataflex.files import write_text
+    from dataflex.masking import masked
 
     values = config.model_dump(exclude_none=True, exclude={"components_cfg_file", "component_name"})
     values.update(values.pop("training_arguments"))
     if config.proj_dim is None:
         values["proj_dim"] = None  # null means exact scores; leaving it out would mean the default
-    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_text(path, yaml.safe_dump(masked(values), sort_keys=False, allow_unicode=True))

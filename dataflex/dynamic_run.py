@@ -52,8 +52,8 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
     with watch.phase("model"):
         model = trainable_model(config, train)
         check_vocabulary(model, validation.examples, config.template)
+        run = make_pass(model, compute_dtype(config), tokenizer.pad_token_id, config.token_budget)
     record = begin(config, came_from, progress)
-    run = make_pass(model, compute_dtype(config), tokenizer.pad_token_id, config.token_budget)
     rounds = _Rounds(config, schedule, run, train, validation, record, progress, watch)
     rounds.recall(step_of(last_checkpoint(output_dir)))
     with watch.phase("training"):

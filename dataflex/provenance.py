@@ -21,6 +21,7 @@ from dataflex import processes
 from dataflex.config import RunConfig, save_config
 from dataflex.errors import UsageError
 from dataflex.files import write_json
+from dataflex.masking import masked
 
 LIBRARIES = ("dataflex", "torch", "transformers", "peft", "accelerate", "datasets", "h5py", "deepspeed")
 FILE_NAME = "run.json"
@@ -127,7 +128,7 @@ def origin(config: RunConfig, command: str, **facts: Any) -> dict[str, Any]:
     values.update(values.pop("training_arguments"))
     keys = {key: value for key, value in values.items() if key not in INCIDENTAL}
     facts = {"command": command, **keys, "rows_per_step": config.rows_per_step, **facts}
-    return json.loads(json.dumps(facts))
+    return masked(json.loads(json.dumps(facts)))
 
 
 class RunRecord:

@@ -14,6 +14,7 @@ from dataflex.data.examples import Split, split_names
 from dataflex.errors import UsageError
 from dataflex.gradients.passes import Pass
 from dataflex.lora import full_value
+from dataflex.masking import masked
 from dataflex.model import model_fingerprint
 from dataflex.training.moments import AdamMoments
 
@@ -35,8 +36,8 @@ def describe(
     """The manifest of a store of `split`'s directions at `run`'s parameters."""
     gradient_type = config.eval_gradient_type if split_name == "eval" else config.gradient_type
     return {
-        "model_name_or_path": config.model_name_or_path,
-        "base_model": model_fingerprint(config),
+        "model_name_or_path": masked(config.model_name_or_path),
+        "base_model": masked(model_fingerprint(config)),
         "adapter": digest((slot.name, full_value(slot.parameter)) for slot in run.slots),
         "dtype": str(run.dtype).removeprefix("torch."),
         "split": split_name,

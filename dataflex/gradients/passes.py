@@ -15,7 +15,7 @@ from torch import nn
 from dataflex import processes
 from dataflex.data.batches import collate, token_batches
 from dataflex.data.examples import Example
-from dataflex.errors import DataflexError
+from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients.capture import adapter_values, row_gradients, row_losses, undisturbed
 from dataflex.gradients.direction import Direction
 from dataflex.gradients.projection import Projector
@@ -74,7 +74,13 @@ class Projected:
 
 
 def make_pass(model: nn.Module, dtype: torch.dtype, pad_token_id: int, token_budget: int) -> Pass:
-    """The pass over `model`'s LoRA pairs."""
+    """The pass over `model`'s LoRA pairs.
+
+    Raises:
+        UsageError: for float16, which flushes gradients below 6e-8 to zero; training scales its loss against that.
+    """
+    if dtype == torch.float16:
+        raise UsageError("fp16: gradients of single rows underflow in float16; use bf16=true, or neither")
     pairs = lora_pairs(model)
     return Pass(model, pairs, layout(pairs), dtype, pad_token_id, token_budget)
 

@@ -6,6 +6,7 @@ before its file is written and written after it; a file without one is taken as 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,31 +35,38 @@ def write_with_manifest(path: Path, write: Callable[[], None], rows: int, came_f
     """Write a file by `write`, and its manifest."""
     place_of(path).unlink(missing_ok=True)
     write()
-    write_json(place_of(path), {"sha256": sha256_of(path), "rows": rows, **came_from})
+    facts = {"sha256": sha256_of(path), "rows": rows, "first_line": _first_line(path)}
+    write_json(place_of(path), {**facts, **came_from})
 
 
 def read_manifest(path: Path, rows: int, progress: Progress) -> dict[str, Any] | None:
     """What `path`, which has `rows` rows, came from; None where that is not known.
 
     Raises:
-        UsageError: if the manifest cannot be read, or the file has lost rows.
+        UsageError: if the manifest cannot be read, or the file looks cut off: it begins the same and has fewer rows.
     """
     place = place_of(path)
     try:
         manifest = json.loads(place.read_text(encoding="utf-8"))
-        digest, written = manifest["sha256"], int(manifest["rows"])
+        digest, written, first_line = manifest["sha256"], int(manifest["rows"]), manifest["first_line"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{place}: not readable ({error}); delete it to use {path.name} as it is") from None
     if digest == sha256_of(path):
         return manifest
-    if rows < written:
+    if rows < written and first_line == _first_line(path):
         raise UsageError(
             f"{path}: {rows} of {written} rows are left; make it again, or delete {place} if that is meant"
         )
     progress.say(f"{path} has been changed since {place.name} was written, which is not looked at")
     return None
+
+
+def _first_line(path: Path) -> str:
+    """sha256 (hex) of the first line."""
+    with open(path, "rb") as handle:
+        return hashlib.sha256(handle.readline()).hexdigest()
 
 
 def store_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataflex.data.batches import collate
-from dataflex.errors import DataflexError
+from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients.capture import adapter_values, row_gradients, row_losses, undisturbed
 from dataflex.gradients.passes import make_pass, mean_loss, project_rows
 from dataflex.gradients.projection import Identity
@@ -131,6 +131,11 @@ def test_frozen_parameters_get_no_gradient_and_nothing_below_the_first_pair_is_d
     handle.remove()
     assert seen == [False]
     assert all(parameter.grad is None for parameter in lora_model.parameters())
+
+
+def test_float16_is_refused(lora_model):
+    with pytest.raises(UsageError, match="underflow in float16; use bf16"):
+        make_pass(lora_model, torch.float16, 0, 128)
 
 
 def test_row_losses_match_without_lora(lora_model, rows):

@@ -134,9 +134,9 @@ def test_commands_run_in_other_threads_too(bench: Path, cli):
 
 
 def test_peers_keys_are_warned_of_once(bench: Path, run_cli):
-    done = run_cli(*RUNS["select"].split(), "tf32=true", "use_cache=false", cwd=bench)
+    done = run_cli(*RUNS["select"].split(), "torch_compile=true", "use_cache=false", cwd=bench)
     assert done.stderr.count("warning:") == 1
-    assert "tf32, use_cache" in done.stderr
+    assert "torch_compile, use_cache" in done.stderr
 
 
 def test_zero_is_a_value(bench: Path, cli):

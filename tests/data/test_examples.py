@@ -173,7 +173,10 @@ def test_progress_and_hash(tmp_path: Path, write_dataset, tokenizer) -> None:
         def advance(self, amount: int = 1, **shown: object) -> None:
             told.append(amount)
 
+        def say(self, message: str) -> None:
+            told.append(message)
+
     before = load_split(config(tmp_path, dataset="a"), tokenizer, progress=Recorder()).hash
-    assert told == [("tokenizing", 2, "rows"), 2]
+    assert told == [("tokenizing", 2, "rows"), 2, "train data: 2 of 2 rows"]
     write_dataset("a", [row(), row(output="c")])
     assert load_split(config(tmp_path, dataset="a"), tokenizer).hash != before

@@ -177,6 +177,6 @@ def test_progress_and_hash(tmp_path: Path, write_dataset, tokenizer) -> None:
             told.append(message)
 
     before = load_split(config(tmp_path, dataset="a"), tokenizer, progress=Recorder()).hash
-    assert told == [("tokenizing", 2, "rows"), 2, "train data: 2 of 2 rows"]
+    assert told == [("tokenizing", 2, "rows"), 2, "train data: 1 of 2 rows; 1 dropped, no response (first: row 1)"]
     write_dataset("a", [row(), row(output="c")])
     assert load_split(config(tmp_path, dataset="a"), tokenizer).hash != before

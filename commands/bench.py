@@ -24,17 +24,7 @@ def bench(
     quiet: s.Quiet = False,
 ) -> None:
     """Measure gradients against LoRA training: tokens a second, seconds by part, peak memory, time for all rows."""
-    options = {
-        "model_name_or_path": model,
-        "dataset": dataset,
-        "dataset_dir": dataset_dir,
-        "template": template,
-        "cutoff_len": cutoff_len,
-        "gradient_type": gradient_type,
-        "proj_dim": proj_dim,
-        "projector": projector,
-        "token_budget": token_budget,
-    }
+    options = s.given(locals())
     with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
         if dry_run:
             return show_plan(session, "bench")

@@ -40,22 +40,7 @@ def dynamic(
     Every update_step optimizer steps the rows that help the validation data most are picked anew; each
     selection is kept in output_dir/selections.
     """
-    options = {
-        "model_name_or_path": model,
-        "dataset": dataset,
-        "eval_dataset": eval_dataset,
-        "dataset_dir": dataset_dir,
-        "template": template,
-        "cutoff_len": cutoff_len,
-        "gradient_type": gradient_type,
-        "adam_formula": adam_formula,
-        "proj_dim": proj_dim,
-        "projector": projector,
-        "token_budget": token_budget,
-        "output_dir": output_dir,
-        "skip_bad_rows": skip_bad_rows,
-        "overwrite": overwrite,
-    }
+    options = s.given(locals())
     with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
         if dry_run:
             return show_plan(session, "dynamic")

@@ -38,24 +38,7 @@ def grads(
     Training rows give the step Adam would take on them; with --split eval, validation rows give their gradient.
     Run again after an interruption, it computes only the rows that are missing.
     """
-    options = {
-        "model_name_or_path": model,
-        "dataset": dataset,
-        "dataset_dir": dataset_dir,
-        "template": template,
-        "cutoff_len": cutoff_len,
-        "checkpoint": checkpoint,
-        "split": split,
-        "gradient_type": gradient_type,
-        "adam_formula": adam_formula,
-        "proj_dim": proj_dim,
-        "projector": projector,
-        "store_dtype": store_dtype,
-        "token_budget": token_budget,
-        "output": output,
-        "skip_bad_rows": skip_bad_rows,
-        "overwrite": overwrite,
-    }
+    options = s.given(locals())
     with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
         if dry_run:
             return show_plan(session, "grads")

@@ -22,12 +22,7 @@ def merge(
 
     Plain transformers, vLLM and Ollama load it. Several adapters, by comma, are merged one after the other.
     """
-    options = {
-        "model_name_or_path": model,
-        "adapter_name_or_path": adapter,
-        "export_dir": export_dir,
-        "overwrite": overwrite,
-    }
+    options = s.given(locals())
     with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
         if dry_run:
             return show_plan(session, "merge")

@@ -33,17 +33,7 @@ def score(
 
     Give --train and --eval once per checkpoint, in the same order; or --exact with a CONFIG and --checkpoint.
     """
-    options = {
-        "train_stores": train,
-        "eval_stores": validation,
-        "weights": weights,
-        "reduce": reduce,
-        "exact": exact,
-        "checkpoint": checkpoint,
-        "output": output,
-        "skip_bad_rows": skip_bad_rows,
-        "overwrite": overwrite,
-    }
+    options = s.given(locals())
     with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
         if dry_run:
             return show_plan(session, "score")

@@ -32,17 +32,7 @@ def select(
 
     Any trainer that reads the dataset's format reads the file. Give one of --top, --count and --threshold.
     """
-    options = {
-        "scores": scores,
-        "data": data,
-        "dataset_dir": dataset_dir,
-        "top": top,
-        "count": count,
-        "threshold": threshold,
-        "plain": plain,
-        "output": output,
-        "overwrite": overwrite,
-    }
+    options = s.given(locals())
     with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
         if dry_run:
             return show_plan(session, "select")

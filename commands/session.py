@@ -11,19 +11,16 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import dataflex
 from dataflex.commands.console import Console
 from dataflex.commands.signals import stoppable
-from dataflex.config import help_of
+from dataflex.config import RunConfig, help_of
 from dataflex.errors import DataflexError
 from dataflex.progress import Interrupted
-
-if TYPE_CHECKING:
-    from dataflex.config import RunConfig
 
 Arguments = Annotated[
     list[str] | None,
@@ -61,6 +58,21 @@ Nproc = Annotated[
 TokenBudget = option(int, "token_budget", "--token-budget")
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help=help_of("skip_bad_rows"))]
 Reduce = option(str, "reduce", "--reduce")
+
+
+# Parameters of commands that have another name than the key they set.
+KEYS = {
+    "model": "model_name_or_path",
+    "adapter": "adapter_name_or_path",
+    "train": "train_stores",
+    "validation": "eval_stores",
+}
+
+
+def given(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A command's parameters, its `locals()`, as values by key; those that set no key are left out."""
+    named = {KEYS.get(name, name): value for name, value in parameters.items()}
+    return {key: value for key, value in named.items() if key in RunConfig.model_fields}
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,7 @@ def train(
     overwrite: s.Overwrite = False,
 ) -> None:
     """Train a LoRA adapter on all of a dataset, for instance on a subset that select wrote."""
-    options = {
-        "model_name_or_path": model,
-        "dataset": dataset,
-        "dataset_dir": dataset_dir,
-        "template": template,
-        "cutoff_len": cutoff_len,
-        "output_dir": output_dir,
-        "overwrite": overwrite,
-    }
+    options = s.given(locals())
     with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
         if dry_run:
             return show_plan(session, "train")

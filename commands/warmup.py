@@ -26,15 +26,7 @@ def warmup(
 
     Writes checkpoints with the adapter and Adam's moments, the place where gradients are then taken.
     """
-    options = {
-        "model_name_or_path": model,
-        "dataset": dataset,
-        "dataset_dir": dataset_dir,
-        "template": template,
-        "cutoff_len": cutoff_len,
-        "output_dir": output_dir,
-        "overwrite": overwrite,
-    }
+    options = s.given(locals())
     with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
         if dry_run:
             return show_plan(session, "warmup")

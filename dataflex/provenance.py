@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dataflex import processes
 from dataflex.config import RunConfig, save_config
@@ -137,7 +137,7 @@ class RunRecord:
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder
         self.facts = facts
-        self.locked: IO[bytes] | None = None
+        self.locked: Lock | None = None
 
     @property
     def finished(self) -> bool:
@@ -170,20 +170,34 @@ def read_record(folder: Path) -> RunRecord | None:
     return RunRecord(folder, facts)
 
 
-def lock(folder: Path) -> IO[bytes]:
-    """Keep any other run out of `folder` for as long as the returned file is open.
+class Lock:
+    """A file held open under a lock; released by `close`, or with the last reference to it."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle: int | None = handle
+
+    def close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    __del__ = close
+
+
+def lock(folder: Path) -> Lock:
+    """Keep any other run out of `folder` until the lock is closed.
 
     Raises:
         UsageError: if another run is in it now.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = (folder / LOCK_NAME).open("ab")
+    handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        handle.close()
+        os.close(handle)
         raise UsageError(f"output_dir {folder}: another run is writing there; wait for it, or name another") from None
-    return handle
+    return Lock(handle)
 
 
 def find_record(config: RunConfig, came_from: Mapping[str, Any]) -> RunRecord | None:

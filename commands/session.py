@@ -99,9 +99,11 @@ def session(
     prints: `nproc`, or as many as the environment and the configuration ask for.
     """
     from dataflex.config_file import load_config
-    from dataflex.launch import end_with_launcher
+    from dataflex.launch import end_with_launcher, slurm_variables
 
     end_with_launcher()
+    if not alone:
+        os.environ.update(slurm_variables(nproc, os.environ))
     first = os.environ.get("RANK", "0") == "0"
     console = Console(as_json=as_json, quiet=quiet, first=first)
     debug = os.environ.get("DATAFLEX_DEBUG") == "1"

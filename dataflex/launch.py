@@ -1,8 +1,8 @@
-"""Starting a command again in several processes, through torch's own launcher.
+"""Starting a command again in several processes, through torch's own launcher, or being one of several already.
 
 Wanted by `--nproc N`, by LLaMA-Factory's FORCE_TORCHRUN=1 with NPROC_PER_NODE, NNODES, NODE_RANK, MASTER_ADDR
 and MASTER_PORT, or by a `deepspeed:` key. A process that a launcher started already (torchrun, accelerate,
-srun with torch's variables) is left as it is.
+or srun with a task a GPU) is left as it is.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import signal
 import sys
+import zlib
 from collections.abc import Mapping, Sequence
 
 from dataflex.config import RunConfig
@@ -32,8 +34,7 @@ def launch_arguments(config: RunConfig, nproc: int | None, environment: Mapping[
     if "RANK" in environment:
         return None
     nodes = _number(environment, "NNODES", 1)
-    forced = environment.get("FORCE_TORCHRUN", "").lower() in ("1", "true", "y", "yes")
-    if not (forced or config.deepspeed or (nproc or 1) > 1):
+    if not (_forced(environment) or config.deepspeed or (nproc or 1) > 1):
         return None
     here = nproc or _number(environment, "NPROC_PER_NODE", 0) or _gpus()
     options = ["--nproc-per-node", str(here), "--max-restarts", "0"]
@@ -50,6 +51,36 @@ def launch_arguments(config: RunConfig, nproc: int | None, environment: Mapping[
         "--master-port",
         str(_number(environment, "MASTER_PORT", 29500)),
     ]
+
+
+def slurm_variables(nproc: int | None, environment: Mapping[str, str]) -> dict[str, str]:
+    """torch's variables for a task of an `srun` that starts a task a process; empty where this is none.
+
+    Only a job step of several tasks counts: a batch script and an interactive shell have SLURM's variables too. Where
+    a launcher is asked for (`nproc`, FORCE_TORCHRUN), the tasks are nodes, each with a launcher of its own.
+    """
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks == "1" or "RANK" in environment or "SLURM_PROCID" not in environment:
+        return {}
+    if _forced(environment) or (nproc or 1) > 1:
+        return {}
+    bound = environment.get("CUDA_VISIBLE_DEVICES", "").isdigit()  # each task sees the GPU it is bound to, and no other
+    job = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
+    found = {
+        "RANK": environment["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": "0" if bound else environment.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")),
+        # the same in every task, and seldom that of another job on the machine
+        "MASTER_PORT": str(20000 + zlib.crc32(job.encode()) % 10000),
+    }
+    return {name: environment.get(name, value) for name, value in found.items()}
+
+
+def first_host(hosts: str) -> str:
+    """The first name in a SLURM host list: `gpu003` of `gpu[003-010,12],login1`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group() if first else hosts)
 
 
 def launch(options: Sequence[str], arguments: Sequence[str]) -> int:
@@ -85,6 +116,10 @@ def end_with_launcher() -> None:
     otherwise go on unseen and meet the next run in the same output directory."""
     if os.environ.get(LAUNCHED) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _forced(environment: Mapping[str, str]) -> bool:
+    return environment.get("FORCE_TORCHRUN", "").lower() in ("1", "true", "y", "yes")
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

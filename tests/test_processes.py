@@ -12,11 +12,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dataflex import load_config
 from dataflex.errors import UsageError
-from dataflex.launch import launch_arguments
+from dataflex.launch import first_host, launch_arguments, slurm_variables
 from dataflex.training.moments import load_moments
 
 
@@ -65,7 +66,7 @@ def selection(folder: Path, step: int) -> list[dict]:
     return [json.loads(line) for line in (folder / "selections" / f"step-{step}.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("zero", [None, "2", "3", "3_offload"])
+@pytest.mark.parametrize("zero", [None, "0", "2", "2_offload", "3", "3_offload"])
 def test_two_processes_come_to_what_one_does(one, settings, repo, zero):
     folder = one.parent / f"two {zero}"
     more = {"deepspeed": repo / "examples" / "deepspeed" / f"ds_z{zero}_config.json"} if zero else {}
@@ -118,6 +119,7 @@ def test_zero_3_goes_on_from_its_checkpoint(one, settings, repo):
     process.wait()
     time.sleep(1)
     assert not (folder / "adapter_model.safetensors").exists()
+    _refuses_code(folder, [*command[:4], *command[5:]])
     done = subprocess.run(command[:4] + command[5:], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "going on from step 3" in done.stderr
@@ -125,6 +127,26 @@ def test_zero_3_goes_on_from_its_checkpoint(one, settings, repo):
     ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (folder, one))
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5)
+
+
+def _refuses_code(folder: Path, command: list[str]) -> None:
+    """A pickle of DeepSpeed's that would run something is refused by name, and runs nothing."""
+    states = folder / "checkpoint-3" / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    sound = states.read_bytes()
+    torch.save(TouchesAFile(folder / "touched"), states)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{folder}/checkpoint-3 is damaged" in done.stderr and "Traceback" not in done.stderr
+    assert not (folder / "touched").exists()
+    states.write_bytes(sound)
+
+
+class TouchesAFile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def test_one_store_whatever_the_number_of_processes(one, settings):
@@ -205,3 +227,66 @@ def test_when_to_launch():
     assert several[4:] == ["--nnodes", "2", "--node-rank", "1", "--master-addr", "h", "--master-port", "29500"]
     with pytest.raises(UsageError, match="NNODES is 'two'"):
         launch_arguments(plain, 1, {"NNODES": "two"})
+
+
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "77",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NODELIST": "gpu[003-004]",
+}
+
+
+def test_which_slurm_tasks_are_processes():
+    found = slurm_variables(None, STEP)
+    port = int(found.pop("MASTER_PORT"))
+    assert found == {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu003"}
+    assert 20000 <= port < 30000
+    assert slurm_variables(None, {**STEP, "SLURM_PROCID": "0"})["MASTER_PORT"] == str(port)
+    assert slurm_variables(None, {**STEP, "CUDA_VISIBLE_DEVICES": "5"})["LOCAL_RANK"] == "0"
+    assert slurm_variables(None, {**STEP, "CUDA_VISIBLE_DEVICES": "4,5"})["LOCAL_RANK"] == "1"
+    assert slurm_variables(None, {**STEP, "MASTER_PORT": "1234"})["MASTER_PORT"] == "1234"
+    # torch's own launcher, a node a task, a batch script, an interactive shell
+    assert slurm_variables(None, {**STEP, "RANK": "0"}) == {}
+    assert slurm_variables(None, {**STEP, "FORCE_TORCHRUN": "1"}) == {}
+    assert slurm_variables(8, STEP) == {}
+    assert slurm_variables(None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}) == {}
+    assert slurm_variables(None, {**STEP, "SLURM_STEP_NUM_TASKS": "1"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "first"),
+    [("gpu[003-010,12],login1", "gpu003"), ("a,b", "a"), ("rack[1-2]n[07,09]-ib", "rack1n07-ib"), ("one", "one")],
+)
+def test_the_first_host_of_a_list(hosts, first):
+    assert first_host(hosts) == first
+
+
+def test_two_slurm_tasks_are_two_processes(one, settings, tmp_path):
+    arguments = [f"{key}={value}" for key, value in settings.items()]
+    folder = tmp_path / "slurm"
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "dataflex", "dynamic", *arguments, f"output_dir={folder}"]
+            + ["per_device_train_batch_size=2"],
+            env={
+                **os.environ,
+                **STEP,
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_PROCID": str(task),
+                "SLURM_LOCALID": str(task),
+                "SLURM_STEP_NODELIST": "localhost",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for task in range(2)
+    ]
+    said = [task.communicate(timeout=300) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], said
+    assert said[1][0] == ""  # the first alone prints
+    wanted = [row["row"] for row in selection(one, 3)]
+    assert len(set(wanted) & {row["row"] for row in selection(folder, 3)}) >= 0.9 * len(wanted)

@@ -1,10 +1,15 @@
-"""Taking up a training where it stopped: which checkpoint is whole, and what was written after it."""
+"""Taking up a training where it stopped: which checkpoint is whole, how it is read, what was written after it."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+import torch
 
 from dataflex.errors import UsageError
 from dataflex.files import write_text
@@ -48,6 +53,30 @@ def check_resume(wish: bool | str | None, output_dir: Path) -> None:
             f"resume_from_checkpoint: a run goes on from the newest checkpoint in its output_dir, not from {wish}; "
             f"{there}. To train on from another run's adapter, name it as adapter_name_or_path"
         )
+
+
+@contextlib.contextmanager
+def no_code_from_disk(deepspeed: bool) -> Iterator[None]:
+    """While the block runs, `torch.load` reads tensors and plain values, whatever its caller asks for: a pickle that
+    names anything else is refused. DeepSpeed asks for more; its checkpoints hold three records of its own beside."""
+    records: list[type] = []
+    if deepspeed:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        records = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    former = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(records):
+            yield
+    finally:
+        if former is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = former
 
 
 def step_of(checkpoint: Path | None) -> int:

@@ -22,7 +22,7 @@ from dataflex.files import disk_errors_of
 from dataflex.lora import layout, lora_pairs
 from dataflex.progress import Interrupted, Progress, Task
 from dataflex.training.moments import AdamMoments, live_moments, load_moments, save_moments
-from dataflex.training.resume import last_checkpoint, step_of
+from dataflex.training.resume import last_checkpoint, no_code_from_disk, step_of
 
 RowsForStep = Callable[[int, "RowTrainer"], list[int]]
 """(step about to be taken, trainer) → indices of that step's rows, over all processes."""
@@ -183,7 +183,10 @@ def fit(
             trainer.last_learning_rate = load_moments(checkpoint).learning_rate
             task.advance(step_of(checkpoint))
         try:
-            with disk_errors_of(f"output_dir {output_dir}", " from the last whole checkpoint"):
+            with (
+                disk_errors_of(f"output_dir {output_dir}", " from the last whole checkpoint"),
+                no_code_from_disk(deepspeed=config.deepspeed is not None),
+            ):
                 result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if trainer.log_callback.interrupted is not None:
                 raise trainer.log_callback.interrupted
@@ -194,8 +197,9 @@ def fit(
         except Exception as error:
             if checkpoint is None or trainer.log_callback.began:
                 raise
+            reason = str(error).strip().partition("\n")[0]
             raise DataflexError(
-                f"{checkpoint} is damaged ({error}); delete it, and the same command goes on from the one before"
+                f"{checkpoint} is damaged ({reason}); delete it, and the same command goes on from the one before"
             ) from error
     with disk_errors_of(f"output_dir {output_dir}", " from the last checkpoint"):
         trainer.save_model()

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -197,7 +198,10 @@ def fit(
         except Exception as error:
             if checkpoint is None or trainer.log_callback.began:
                 raise
-            reason = str(error).strip().partition("\n")[0]
+            if isinstance(error, UnpicklingError):
+                reason = "a file in it holds more than tensors and plain values"
+            else:
+                reason = str(error).strip().partition("\n")[0]
             raise DataflexError(
                 f"{checkpoint} is damaged ({reason}); delete it, and the same command goes on from the one before"
             ) from error

@@ -94,6 +94,8 @@ def _named(key: str) -> str:
 
 
 def _size(key: str, value: int) -> str:
+    if key.endswith("flops"):
+        return f"{value / 1e12:.3g} TFLOP"
     if not key.endswith("bytes"):
         return f"{value:,}"
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

@@ -47,7 +47,7 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     base = load_base_model(config, dtype)
     check_vocabulary(base, split.examples, config.template)
     run = make_pass(on_device(add_lora(base, config)), dtype, tokenizer.pad_token_id, config.token_budget)
-    batches = sample(batches_of(split.examples, config.token_budget, config.proj_dim or 1))
+    batches = sample(batches_of(run, split.examples, config.proj_dim or 1))
 
     optimizer = torch.optim.AdamW([slot.parameter for slot in run.slots], lr=config.learning_rate)
     rows = [[split.examples[index] for index in batch] for batch in batches]

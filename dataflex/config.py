@@ -291,8 +291,8 @@ class RunConfig(BaseModel):
     """Sum scores over the selections so far, weighted by learning rate; false uses the latest alone."""
     cache_dir: str | None = None
     """Folder in which `dynamic` keeps its gradient stores; removed after use when left out."""
-    token_budget: PositiveInt = 2048
-    """Tokens, padding included, in a batch of gradient rows."""
+    token_budget: PositiveInt | None = None
+    """Tokens, padding included, in a batch of gradient rows; what the device's free memory allows when left out."""
     skip_bad_rows: bool = False
     """Leave out rows whose gradient is all zero or not finite, and say which; otherwise they end the command."""
 

@@ -135,8 +135,16 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
     import torch
     from transformers import AutoModelForCausalLM
 
+    from dataflex.cost import (
+        free_memory,
+        gradient_flops,
+        gradient_memory,
+        shape_of,
+        token_budget_for,
+        training_memory,
+    )
     from dataflex.lora import layout, lora_pairs
-    from dataflex.model import add_lora, compute_dtype, load_model_config
+    from dataflex.model import add_lora, compute_dtype, device, load_model_config
 
     try:
         architecture = load_model_config(config, local_only=True)
@@ -147,34 +155,27 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
         base = AutoModelForCausalLM.from_config(architecture)
         base_parameters = base.num_parameters()
         adapter = sum(slot.size for slot in layout(lora_pairs(add_lora(base, config))))
-    vocabulary, itemsize = architecture.get_text_config().vocab_size, compute_dtype(config).itemsize
     result.sizes = {"base_parameters": base_parameters, "adapter_parameters": adapter}
     dim = adapter if config.projector == "none" else config.proj_dim or 0
     rows = {name: len(split.examples) for name, split in splits.items()}
     if command == "grads" or (command == "dynamic" and not config.is_exact):
         per_row = dim * STORE_BYTES[config.store_dtype] + 17
         result.sizes["store_bytes"] = int(sum(rows.values()) * per_row)
-    text = architecture.get_text_config()
-    shapes = [getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")]
-    if None in shapes:
+    shape = shape_of(architecture, base_parameters, adapter, compute_dtype(config).itemsize)
+    if shape is None:
         result.unknown.append(f"peak memory: {architecture.model_type} does not say its layers' sizes")
         return
-    tokens = config.token_budget
-    if command in TRAINS and splits and config.disable_gradient_checkpointing:
+    peaks = []
+    if command != "warmup" and command != "train":
+        budget = config.token_budget or token_budget_for(shape, free_memory(device()), device().type)
+        result.sizes["token_budget"] = budget
+        peaks.append(gradient_memory(shape, budget))
+        passes = len(result.schedule["selections"]) if command == "dynamic" else 1
+        tokens = passes * sum(sum(split.report.lengths) for split in splits.values())
+        result.sizes["gradient_flops"] = gradient_flops(shape, tokens)
+    if command in TRAINS and splits:
         longest = max(max(split.report.lengths) for split in splits.values())
-        tokens = max(tokens, config.per_device_train_batch_size * longest)
-    result.sizes["peak_memory_bytes"] = peak_memory(
-        base_parameters, adapter, tokens, *shapes, vocabulary=vocabulary, itemsize=itemsize
-    )
-
-
-def peak_memory(
-    base: int, adapter: int, tokens: int, layers: int, hidden: int, intermediate: int, *, vocabulary: int, itemsize: int
-) -> int:
-    """Bytes a batch of `tokens` tokens takes, roughly: `bench` measured 6.2 GB on SmolLM2-135M where this says 5.8.
-
-    Weights; the adapter with gradient and two moments; what a layer keeps for its backward pass (about 12 vectors
-    of its hidden and 6 of its intermediate size a token); logits, their softmax and its gradient in float32.
-    """
-    kept = tokens * layers * (12 * hidden + 6 * intermediate) * itemsize
-    return base * itemsize + adapter * 4 * 4 + kept + 3 * 4 * tokens * vocabulary
+        checkpointing = config.gradient_checkpointing and not config.disable_gradient_checkpointing
+        peaks.append(training_memory(shape, config.per_device_train_batch_size * longest, checkpointing))
+    if peaks:
+        result.sizes["peak_memory_bytes"] = max(peaks)

@@ -1,10 +1,13 @@
 """Per-row gradients of the LoRA pairs from one batched backward pass.
 
 For a pair y = Wx + s·B(Ax) with δ = ∂L/∂y, row i's gradients are ∂A = s·(δB)ᵀx and ∂B = s·δᵀ(xAᵀ),
-sums over that row's tokens: two small batched products of what a hook saw going in and what came
+sums over that row's tokens: two small batched products of what went into the layer and what came
 back. The loss is the sum over rows of each row's token mean, so every row's gradient is the one a
 batch of one gives. Nothing is accumulated in any `.grad`, and nothing below the first adapted layer
 is differentiated.
+
+x and δ are the same on merged weights, y = (W + s·BA)x, where the model takes one matrix product a layer
+instead of three.
 """
 
 from __future__ import annotations
@@ -12,26 +15,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from dataflex.errors import UsageError
+from dataflex.gradients.loss import RowLosses, row_losses
 from dataflex.lora import LoraPair, Slot, full_value
 
 OnGradient = Callable[[Slot, torch.Tensor], None]
 """(slot, gradient [rows, slot.size] float32), called once for each slot during the backward pass."""
-
-
-@dataclass(frozen=True)
-class RowLosses:
-    """What the forward pass says of each row of a batch."""
-
-    loss: torch.Tensor
-    """[rows] float32: mean cross-entropy over the row's supervised tokens."""
-    tokens: torch.Tensor
-    """[rows] int64: supervised tokens."""
 
 
 @contextlib.contextmanager
@@ -57,33 +52,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda_states)
 
 
-def row_losses(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor) -> RowLosses:
-    """Mean cross-entropy of each row, with logits computed at supervised positions only.
-
-    Args:
-        model: a causal language model (PEFT-wrapped or not).
-        input_ids, labels: [rows, T], padded on the right; −100 where unsupervised. Attention is
-            causal, so right padding needs no mask: no real token ever looks at it.
-    """
-    targets = labels[:, 1:]
-    supervised = functional.pad(targets != -100, (0, 1))
-    head = model.get_output_embeddings()
-
-    def keep_supervised(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0][supervised][None],)
-
-    handle = head.register_forward_pre_hook(keep_supervised)
-    try:
-        logits = model(input_ids=input_ids, use_cache=False).logits[0]
-    finally:
-        handle.remove()
-    losses = functional.cross_entropy(logits.float(), targets[supervised[:, :-1]], reduction="none")
-    tokens = supervised.sum(dim=1)
-    rows = supervised.nonzero()[:, 0]
-    total = torch.zeros(len(labels), device=losses.device).index_add(0, rows, losses)
-    return RowLosses(total / tokens, tokens)
-
-
 def adapter_values(pairs: list[LoraPair]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The pairs' A [r, in] and B [out, r] as float32; a model that stands still needs them once.
 
@@ -100,15 +68,19 @@ def row_gradients(
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     on_gradient: OnGradient,
+    *,
+    merged: bool = True,
+    plain_head: bool = False,
 ) -> RowLosses:
     """Hand every row's gradient of every LoRA tensor to `on_gradient`, pair by pair, as backward meets them.
 
-    Run it inside `undisturbed`. `slots` is `layout(pairs)`, `values` is `adapter_values(pairs)`; the rest are
-    the arguments of `row_losses`. A layer that took no part in the pass (an expert no token was sent to) has
-    gradient zero.
+    Run it inside `undisturbed`. `slots` is `layout(pairs)`, `values` is `adapter_values(pairs)`; `merged` runs the
+    layers that `can_merge` on merged weights; the rest are the arguments of `row_losses`. A layer that took no part
+    in the pass (an expert no token was sent to) has gradient zero.
 
     Raises:
-        UsageError: if a layer is used twice in one pass; its gradients would arrive in parts.
+        UsageError: if a layer is used twice in one pass, so that its gradients would arrive in parts, or is given
+            tokens without their rows.
     """
     waiting = {slot.name: slot for slot in slots}
 
@@ -117,42 +89,102 @@ def row_gradients(
             raise UsageError(f"{slot.name} is used more than once in a forward pass; its rows cannot be told apart")
         on_gradient(slot, gradient)
 
-    handles = [
-        pair.module.register_forward_hook(_watch(pair, values[index], slots[2 * index], slots[2 * index + 1], once))
-        for index, pair in enumerate(pairs)
-    ]
-    try:
+    with contextlib.ExitStack() as watched:
+        for index, pair in enumerate(pairs):
+            watch = _Watch(pair, *values[index], slots[2 * index], slots[2 * index + 1], len(labels), once)
+            watched.enter_context(_merged(watch) if merged and can_merge(pair) else _unmerged(watch))
         with torch.enable_grad():
-            losses = row_losses(model, input_ids, labels)
+            losses = row_losses(model, input_ids, labels, plain_head)
             losses.loss.sum().backward()
-    finally:
-        for handle in handles:
-            handle.remove()
     for slot in waiting.values():
         on_gradient(slot, torch.zeros(len(labels), slot.size, device=labels.device))
     return RowLosses(losses.loss.detach(), losses.tokens)
 
 
-def _watch(
-    pair: LoraPair, values: tuple[torch.Tensor, torch.Tensor], slot_a: Slot, slot_b: Slot, on_gradient: OnGradient
-) -> Callable[..., None]:
-    """A forward hook that waits for the gradient of the layer's output."""
+def can_merge(pair: LoraPair) -> bool:
+    """True for a pair on a plain linear layer whose weight is here: not quantized, not shared out by ZeRO-3."""
+    base = pair.module.get_base_layer()
+    return type(base) is nn.Linear and not hasattr(base.weight, "ds_id") and "forward" not in vars(pair.module)
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """One pair of one pass."""
+
+    pair: LoraPair
+    weight_a: torch.Tensor
+    """[r, in] float32"""
+    weight_b: torch.Tensor
+    """[out, r] float32"""
+    slot_a: Slot
+    slot_b: Slot
+    rows: int
+    on_gradient: OnGradient
+
+    def merged_weight(self) -> torch.Tensor:
+        """W + s·BA [out, in], summed in float32 and rounded once."""
+        weight = self.pair.module.get_base_layer().weight
+        return torch.addmm(weight.float(), self.weight_b, self.weight_a, alpha=self.pair.scaling).to(weight.dtype)
+
+    def gradients(self, x: torch.Tensor, delta: torch.Tensor) -> None:
+        """Hand on both tensors' gradients, from the layer's input [rows, T, in] and its output's gradient."""
+        if x.dim() != 3 or len(x) != self.rows:
+            raise UsageError(
+                f"{self.pair.name} is given tokens of all rows at once, {list(x.shape)}, not row by row, so their "
+                "gradients cannot be told apart; take it out of lora_target"
+            )
+        with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
+            inputs, delta, scaling = x.float(), delta.float(), self.pair.scaling
+            gradient_a = torch.bmm((delta @ (self.weight_b * scaling)).transpose(1, 2), inputs)  # [rows, r, in]
+            self.on_gradient(self.slot_a, gradient_a.flatten(1))
+            gradient_b = torch.bmm(delta.transpose(1, 2), inputs @ (self.weight_a * scaling).T)  # [rows, out, r]
+            self.on_gradient(self.slot_b, gradient_b.flatten(1))
+
+
+@contextlib.contextmanager
+def _unmerged(watch: _Watch) -> Iterator[None]:
+    """The layer as training runs it; a hook waits for the gradient of its output."""
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x = args[0].detach()
         if not output.requires_grad:
             output.requires_grad_()  # the first adapted layers: the graph starts here, not below
+        output.register_hook(lambda delta: watch.gradients(x, delta))
 
-        def on_backward(delta: torch.Tensor) -> None:
-            with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-                inputs = x.float()  # [rows, T, in]
-                delta = delta.float() * pair.scaling  # [rows, T, out]
-                weight_a, weight_b = values
-                gradient_a = torch.bmm((delta @ weight_b).transpose(1, 2), inputs)  # [rows, r, in]
-                on_gradient(slot_a, gradient_a.flatten(1))
-                gradient_b = torch.bmm(delta.transpose(1, 2), inputs @ weight_a.T)  # [rows, out, r]
-                on_gradient(slot_b, gradient_b.flatten(1))
+    handle = watch.pair.module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
-        output.register_hook(on_backward)
 
-    return hook
+@contextlib.contextmanager
+def _merged(watch: _Watch) -> Iterator[None]:
+    """One product with W + s·BA in place of the three that training takes.
+
+    The sum is made anew in each direction: two small products, against a second copy of all the weights.
+    """
+    module = watch.pair.module
+    start = torch.empty(0, requires_grad=True)  # the first adapted layers: the graph starts here, not below
+    module.forward = lambda x, *args, **kwargs: _MergedLinear.apply(x, start, watch)
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+class _MergedLinear(torch.autograd.Function):
+    """y = (W + s·BA)x + bias, whose backward pass hands the pair's gradients to its watch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, start: torch.Tensor, watch: _Watch) -> torch.Tensor:
+        ctx.watch = watch
+        ctx.save_for_backward(x)
+        return functional.linear(x, watch.merged_weight(), watch.pair.module.get_base_layer().bias)
+
+    @staticmethod
+    def backward(ctx: Any, delta: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        (x,) = ctx.saved_tensors
+        ctx.watch.gradients(x, delta)
+        below = (delta @ ctx.watch.merged_weight()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return below, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +82,13 @@ def collect(
         _prepare_store(path, manifest, split, config.overwrite, cache)
     processes.barrier()
     with GradientStore(path) as store:
+        if config.token_budget is None:  # the memory that is free now may ask for another cut
+            run = replace(run, token_budget=store.manifest.get("token_budget", run.token_budget))
         done = store.done.astype(bool)
         bad = [split.examples[index] for index in np.flatnonzero(store.bad)]
     if bad and not config.skip_bad_rows:
         raise DataflexError(f"gradient store {path}: {name_bad_rows(bad)}; give --skip-bad-rows, or --overwrite")
-    batches = [
-        batch for batch in batches_of(split.examples, run.token_budget, manifest["proj_dim"]) if not done[batch].all()
-    ]
+    batches = [batch for batch in batches_of(run, split.examples, manifest["proj_dim"]) if not done[batch].all()]
     computed = project_rows(
         run,
         split.examples,

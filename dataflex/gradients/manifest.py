@@ -58,6 +58,7 @@ def describe(
         "proj_seed": config.proj_seed,
         "store_dtype": config.store_dtype,
         "parameters": [[slot.name, slot.size] for slot in run.slots],
+        "token_budget": run.token_budget,
         "step": step,
         "learning_rate": learning_rate,
         "versions": {name: version(name) for name in LIBRARIES},
@@ -99,7 +100,7 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any], keys: Itera
 
 def check_same(path: object, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise a UsageError naming every difference between a store's manifest and the one this run would write."""
-    keys = [key for key in wanted if key not in ("versions", "model_name_or_path")]
+    keys = [key for key in wanted if key not in ("versions", "model_name_or_path", "token_budget")]
     differing = differences(found, wanted, keys)
     if differing:
         raise UsageError(

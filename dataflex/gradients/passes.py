@@ -6,6 +6,8 @@ Nothing here knows of files; the store and the exact scores both feed on it.
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,17 +15,20 @@ import torch
 from torch import nn
 
 from dataflex import processes
+from dataflex.cost import free_memory, shape_of, token_budget_for
 from dataflex.data.batches import collate, token_batches
 from dataflex.data.examples import Example
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients.capture import adapter_values, row_gradients, row_losses, undisturbed
+from dataflex.gradients.capture import adapter_values, row_gradients, undisturbed
 from dataflex.gradients.direction import Direction
+from dataflex.gradients.loss import has_plain_head, row_losses
 from dataflex.gradients.projection import Projector
 from dataflex.lora import LoraPair, Slot, layout, lora_pairs
 from dataflex.model import device
 from dataflex.progress import SILENT, Progress
 
-# Projected rows of one batch never take more than this many numbers (1 GiB of float32).
+# Neither the projected rows of one batch nor a tensor's gradients of all its rows take more than so many numbers
+# (1 GiB of float32).
 MAX_BATCH_NUMBERS = 1 << 28
 MAX_NAMED = 8
 
@@ -39,6 +44,8 @@ class Pass:
     """Of the matrix products; below float32 they run under autocast, as in training."""
     pad_token_id: int
     token_budget: int
+    merged: bool = True
+    """Run adapted layers on merged weights where that can be: faster, and the same numbers but for rounding."""
 
     @property
     def parameters(self) -> int:
@@ -54,6 +61,14 @@ class Pass:
     def shared_weights(self) -> bool:
         """True under ZeRO-3, where every forward pass takes every process."""
         return hasattr(self.slots[0].parameter, "ds_id")
+
+    @functools.cached_property
+    def plain_head(self) -> bool:
+        """Whether the loss may be taken from the output head's input, in chunks."""
+        if self.shared_weights:
+            return False
+        with undisturbed(self.model), self.autocast():
+            return has_plain_head(self.model, self.device)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.dtype == torch.float32:
@@ -73,8 +88,9 @@ class Projected:
     """[rows] float32"""
 
 
-def make_pass(model: nn.Module, dtype: torch.dtype, pad_token_id: int, token_budget: int) -> Pass:
-    """The pass over `model`'s LoRA pairs.
+def make_pass(model: nn.Module, dtype: torch.dtype, pad_token_id: int, token_budget: int | None) -> Pass:
+    """The pass over `model`'s LoRA pairs. Without a `token_budget` the free memory of the first process's device
+    gives one; every process must call this.
 
     Raises:
         UsageError: for float16, which flushes gradients below 6e-8 to zero; training scales its loss against that.
@@ -82,13 +98,21 @@ def make_pass(model: nn.Module, dtype: torch.dtype, pad_token_id: int, token_bud
     if dtype == torch.float16:
         raise UsageError("fp16: gradients of single rows underflow in float16; use bf16=true, or neither")
     pairs = lora_pairs(model)
-    return Pass(model, pairs, layout(pairs), dtype, pad_token_id, token_budget)
+    slots = layout(pairs)
+    return Pass(model, pairs, slots, dtype, pad_token_id, token_budget or _fitting_budget(model, slots, dtype))
 
 
-def batches_of(examples: Sequence[Example], token_budget: int, dim: int) -> list[list[int]]:
-    """Indices into `examples`, batch by batch: a function of the rows and the arguments alone."""
-    most_rows = max(1, MAX_BATCH_NUMBERS // dim)
-    batches = token_batches([len(example.input_ids) for example in examples], token_budget)
+def _fitting_budget(model: nn.Module, slots: list[Slot], dtype: torch.dtype) -> int:
+    shape = shape_of(model.config, base=0, adapter=slots[-1].offset + slots[-1].size, itemsize=dtype.itemsize)
+    return processes.broadcast(token_budget_for(shape, free_memory(device()), device().type))
+
+
+def batches_of(run: Pass, examples: Sequence[Example], dim: int) -> list[list[int]]:
+    """Indices into `examples`, batch by batch: a function of the rows, the adapter's sizes, the token budget and
+    `dim`, the width of what is kept of a row, alone."""
+    # what a row takes beside its tokens: its image, and the gradient of the largest tensor with Γ's temporaries
+    most_rows = max(1, MAX_BATCH_NUMBERS // max(dim, 4 * max(slot.size for slot in run.slots)))
+    batches = token_batches([len(example.input_ids) for example in examples], run.token_budget)
     return [batch[start : start + most_rows] for batch in batches for start in range(0, len(batch), most_rows)]
 
 
@@ -112,13 +136,16 @@ def project_rows(
         DataflexError: naming the row whose direction is not finite or all zero, unless such are skipped.
     """
     values = [(a.to(run.device), b.to(run.device)) for a, b in adapter_values(run.pairs)]
+    too_large = math.inf
     with progress.task(description, done + sum(len(batch) for batch in batches), "rows") as task:
         if done:
             task.advance(done)
         for turn, batch in enumerate(processes.my_turns(batches)):
             rows = [examples[index] for index in batch or []]
             if rows:
-                vectors, loss = _project_batch(run, rows, values, direction, projector)
+                vectors, loss, too_large = _project_what_fits(
+                    run, rows, values, direction, projector, progress, too_large
+                )
                 bad = _bad_rows(vectors)
                 if bad and not skip_bad:
                     raise _bad_row_error(rows[bad[0]], vectors[bad[0]])
@@ -133,6 +160,51 @@ def project_rows(
             processes.advance(task, sum(len(batch) for batch in together), **shown)
 
 
+def _project_what_fits(
+    run: Pass,
+    rows: list[Example],
+    values: list[tuple[torch.Tensor, torch.Tensor]],
+    direction: Direction,
+    projector: Projector,
+    progress: Progress,
+    too_large: float,
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`_project_batch` in as many parts as memory asks for: vectors, losses, and the tokens that did not fit.
+
+    Raises:
+        DataflexError: where a single row does not fit, or where ZeRO-3 has all processes take the same passes.
+    """
+    waiting, made = [rows], []
+    while waiting:
+        part = waiting.pop()
+        tokens = len(part) * max(len(row.input_ids) for row in part)
+        if tokens >= too_large and len(part) > 1:
+            waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
+            continue
+        try:
+            made.append(_project_batch(run, part, values, direction, projector))
+            continue
+        except RuntimeError as error:  # what was allocated is freed only once the error is gone
+            if not _out_of_memory(error):
+                raise
+        if run.shared_weights or len(part) == 1:
+            raise DataflexError(
+                f"out of memory over {tokens} tokens (row {part[0].row} of {part[0].dataset} is the longest); "
+                + ("lower cutoff_len" if len(part) == 1 else "set token_budget lower")
+            )
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        too_large = tokens
+        waiting.append(part)
+        progress.say(f"out of memory over {tokens} tokens; going on with half as many")
+    vectors, losses = zip(*made, strict=True)
+    return torch.cat(vectors), torch.cat(losses), too_large
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def _project_batch(
     run: Pass,
     rows: list[Example],
@@ -140,7 +212,6 @@ def _project_batch(
     direction: Direction,
     projector: Projector,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    inputs = collate(rows, run.pad_token_id)
     vectors = torch.zeros(len(rows), projector.dim, device=run.device)
 
     def on_gradient(slot: Slot, gradient: torch.Tensor) -> None:
@@ -152,11 +223,18 @@ def _project_batch(
             run.pairs,
             run.slots,
             values,
-            inputs["input_ids"].to(run.device),
-            inputs["labels"].to(run.device),
+            *_inputs(run, rows),
             on_gradient,
+            merged=run.merged,
+            plain_head=run.plain_head,
         )
     return vectors, losses.loss
+
+
+def _inputs(run: Pass, rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and labels, [rows, T] on the pass's device."""
+    batch = collate(rows, run.pad_token_id)
+    return batch["input_ids"].to(run.device), batch["labels"].to(run.device)
 
 
 def _bad_rows(vectors: torch.Tensor) -> list[int]:
@@ -187,9 +265,9 @@ def mean_loss(run: Pass, examples: Sequence[Example], progress: Progress = SILEN
     with progress.task(description, len(examples), "rows") as task:
         for turn, batch in enumerate(processes.my_turns(batches)):
             if batch is not None or run.shared_weights:
-                inputs = collate([examples[index] for index in batch or batches[-1][:1]], run.pad_token_id)
+                inputs = _inputs(run, [examples[index] for index in batch or batches[-1][:1]])
                 with undisturbed(run.model), run.autocast(), torch.no_grad():
-                    losses = row_losses(run.model, inputs["input_ids"].to(run.device), inputs["labels"].to(run.device))
+                    losses = row_losses(run.model, *inputs, run.plain_head)
                 if batch is not None:
                     total += losses.loss.sum().item()
             together = batches[turn * processes.size() : (turn + 1) * processes.size()]

@@ -34,7 +34,7 @@ def exact_cosines(
     queries = torch.zeros(len(names), run.parameters, device=run.device)
     counts = torch.zeros(len(names), 1, device=run.device)
     identity = Identity(run.parameters)
-    batches = batches_of(validation, run.token_budget, identity.dim)
+    batches = batches_of(run, validation, identity.dim)
     for rows in project_rows(
         run, validation, batches, validation_direction, identity, progress, "eval gradients", skip_bad=skip_bad
     ):
@@ -51,7 +51,7 @@ def exact_cosines(
 
     cosines = np.empty((len(names), len(train)), dtype=np.float32)
     projector = Queries(queries)
-    batches = batches_of(train, run.token_budget, projector.dim)
+    batches = batches_of(run, train, projector.dim)
     for rows in project_rows(
         run, train, batches, train_direction, projector, progress, "train gradients", skip_bad=skip_bad
     ):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from dataflex.data.batches import collate
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients.capture import adapter_values, row_gradients, row_losses, undisturbed
+from dataflex.gradients.capture import adapter_values, can_merge, row_gradients, undisturbed
+from dataflex.gradients.loss import row_losses
 from dataflex.gradients.passes import make_pass, mean_loss, project_rows
 from dataflex.gradients.projection import Identity
 from dataflex.lora import layout, lora_pairs
@@ -25,7 +30,9 @@ def autograd_gradients(model: torch.nn.Module, example) -> tuple[dict[str, torch
     return gradients, loss.item()
 
 
-def batched_gradients(model: torch.nn.Module, rows) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def batched_gradients(
+    model: torch.nn.Module, rows, merged: bool = True
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     pairs = lora_pairs(model)
     batch = collate(rows, pad_token_id=0)
     found: dict[str, torch.Tensor] = {}
@@ -38,12 +45,14 @@ def batched_gradients(model: torch.nn.Module, rows) -> tuple[dict[str, torch.Ten
             batch["input_ids"],
             batch["labels"],
             lambda slot, gradient: found.__setitem__(slot.name, gradient.clone()),
+            merged=merged,
         )
     return found, losses.loss
 
 
-def test_a_padded_batch_gives_each_row_its_own_gradient(lora_model, rows):
-    found, losses = batched_gradients(lora_model, rows)
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_padded_batch_gives_each_row_its_own_gradient(lora_model, rows, merged):
+    found, losses = batched_gradients(lora_model, rows, merged)
     for index, example in enumerate(rows):
         wanted, loss = autograd_gradients(lora_model, example)
         assert losses[index].item() == pytest.approx(loss, rel=1e-5)
@@ -51,6 +60,52 @@ def test_a_padded_batch_gives_each_row_its_own_gradient(lora_model, rows):
         for name, gradient in wanted.items():
             difference = (found[name][index].view_as(gradient) - gradient).norm()
             assert difference <= 1e-5 * gradient.norm(), (example.row, name)
+
+
+def test_layers_of_every_kind_give_the_same_gradients_merged_or_not(rows):
+    """A bias, a transposed weight (left unmerged), an rslora scale, an adapter on the output head."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    qwen = Qwen2ForCausalLM(
+        Qwen2Config(
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=49152,
+        )
+    )
+    gpt = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=49152, n_positions=128))
+    for base, targets, merges in (
+        (qwen, ["q_proj", "down_proj", "lm_head"], [True, True, True]),
+        (gpt, ["c_attn", "c_proj"], [False, False, False]),
+    ):
+        nn_bias = [parameter for name, parameter in base.named_parameters() if name.endswith("bias")]
+        assert nn_bias
+        for bias in nn_bias:
+            torch.nn.init.normal_(bias)
+        lora = LoraConfig(target_modules=targets, r=3, use_rslora=True, task_type="CAUSAL_LM", init_lora_weights=False)
+        model = get_peft_model(base, lora)
+        assert [can_merge(pair) for pair in lora_pairs(model)] == merges
+        oracle = [autograd_gradients(model, row)[0] for row in rows]
+        for merged in (True, False):
+            found, _ = batched_gradients(model, rows, merged)
+            for name, gradients in found.items():
+                for gradient, wanted in zip(gradients, oracle, strict=True):
+                    assert (gradient - wanted[name].flatten()).norm() <= 1e-4 * wanted[name].norm(), name
+
+
+def test_a_layer_that_is_not_told_which_token_is_whose_is_refused(lora_model, rows):
+    """As an expert of a mixture, which is given the tokens of all rows in one list."""
+    layer = lora_model.base_model.model.model.layers[1].mlp
+    through = layer.forward
+    layer.forward = lambda x: through(x.flatten(0, 1)).view_as(x)
+    for merged in (True, False):
+        with pytest.raises(UsageError, match=r"mlp.down_proj is given tokens of all rows at once, \[450, 128\]"):
+            batched_gradients(lora_model, rows, merged)
 
 
 def test_a_row_does_not_feel_its_neighbours(lora_model, rows):
@@ -72,7 +127,10 @@ def snapshot(model: torch.nn.Module) -> tuple:
         [module.training for module in model.modules()],
         [parameter.requires_grad for parameter in model.parameters()],
         [None if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()],
-        [(len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()],
+        [
+            (len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+            for module in model.modules()
+        ],
         torch.get_rng_state(),
     )
 
@@ -123,11 +181,12 @@ def test_a_bad_gradient_names_its_row(lora_model, rows, factor, words):
         list(project_rows(run, rows, [[0, 3]], spoil, Identity(run.parameters)))
 
 
-def test_frozen_parameters_get_no_gradient_and_nothing_below_the_first_pair_is_differentiated(lora_model, rows):
+@pytest.mark.parametrize("merged", [True, False])
+def test_frozen_parameters_get_no_gradient_and_nothing_below_the_first_pair_is_differentiated(lora_model, rows, merged):
     seen = []
     embedding = lora_model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
-    batched_gradients(lora_model, rows)
+    batched_gradients(lora_model, rows, merged)
     handle.remove()
     assert seen == [False]
     assert all(parameter.grad is None for parameter in lora_model.parameters())
@@ -143,3 +202,64 @@ def test_row_losses_match_without_lora(lora_model, rows):
     with undisturbed(lora_model), torch.no_grad():
         losses = row_losses(lora_model, batch["input_ids"], batch["labels"])
     assert losses.tokens.tolist() == [50, 1, 3, 40, 32]  # the first token of a row is never predicted
+
+
+OUT_OF_MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from conftest import row
+from dataflex import load_config
+from dataflex.gradients.passes import batches_of, make_pass, project_rows
+from dataflex.gradients.projection import make_projector
+from dataflex.model import add_lora, load_base_model
+
+class Said:
+    lines = []
+    def say(self, text): self.lines.append(text)
+    def task(self, *args): return SILENT.task(*args)
+
+from dataflex.progress import SILENT
+config = load_config(options={{"model_name_or_path": {model!r}, "lora_rank": 4}})
+model = add_lora(load_base_model(config, torch.float32), config)
+for name, parameter in model.named_parameters():
+    if "lora_B" in name:
+        torch.nn.init.normal_(parameter, std=0.05)
+rows = [row(number, 500 - number, list(range({first}, 500 - number))) for number in range(24)]
+
+def vectors(budget):
+    run = make_pass(model, torch.float32, 0, budget)
+    projector = make_projector("sketch", run.parameters, 64, 1, "cpu")
+    out = torch.zeros(len(rows), 64)
+    for done in project_rows(run, rows, batches_of(run, rows, 64), lambda slot, g: g, projector, Said()):
+        out[done.indices] = done.vectors
+    return out
+
+wanted = vectors(1000)
+assert not Said.lines
+status = Path("/proc/self/status").read_text()
+size = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (size + {room}, size + {room}))
+found = vectors(12000)
+print(len(Said.lines), Said.lines[0], float((found - wanted).norm() / wanted.norm()))
+"""
+
+
+def test_a_batch_that_does_not_fit_is_taken_in_halves(tiny_model_dir, tmp_path):
+    """The address space is made too small for the batch: torch's own allocation fails."""
+    script = OUT_OF_MEMORY.format(
+        tests=str(Path(__file__).parent), model=str(tiny_model_dir), first=470, room=120 << 20
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    said, *words, difference = done.stdout.split()
+    assert int(said) >= 1
+    assert " ".join(words[:8]) == "out of memory over 12000 tokens; going on"
+    assert float(difference) < 1e-5
+
+
+def test_a_row_that_does_not_fit_is_named(tiny_model_dir):
+    script = OUT_OF_MEMORY.format(tests=str(Path(__file__).parent), model=str(tiny_model_dir), first=0, room=4 << 20)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (
+        "DataflexError: out of memory over 500 tokens (row 0 of made is the longest); lower cutoff_len" in done.stderr
+    )

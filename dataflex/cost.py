@@ -1,0 +1,90 @@
+"""What a model's passes take, from its shape alone: memory, arithmetic, and the token budget that follows.
+
+One model for the dry run, for `bench` and for the choice of a batch's size, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# A budget above this gains no speed: two CPU cores are busy with far fewer tokens, a GPU with these.
+MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
+FEWEST_TOKENS = 256
+SHARE_OF_FREE_MEMORY = 0.7
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder-only model that its cost follows from."""
+
+    base: int
+    """Parameters of the frozen model."""
+    adapter: int
+    """Parameters of the LoRA pairs."""
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    itemsize: int
+    """Bytes of a weight and of an activation."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What all layers keep of a token for their backward pass: about 12 vectors of hidden and 6 of intermediate
+        size each."""
+        return self.layers * (12 * self.hidden + 6 * self.intermediate) * self.itemsize
+
+    @property
+    def standing_bytes(self) -> int:
+        """The weights, and the adapter with its gradient and two moments in float32."""
+        return self.base * self.itemsize + self.adapter * 4 * 4
+
+
+def shape_of(config: Any, base: int, adapter: int, itemsize: int) -> Shape | None:
+    """The shape of a model from its transformers configuration; None where that does not say its layers' sizes."""
+    text = config.get_text_config()
+    sizes = [getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")]
+    return None if None in sizes else Shape(base, adapter, *sizes, vocabulary=text.vocab_size, itemsize=itemsize)
+
+
+def gradient_memory(shape: Shape, tokens: int) -> int:
+    """Bytes at the peak of a gradient pass over `tokens` tokens; its logits are a chunk at a time."""
+    return shape.standing_bytes + tokens * shape.bytes_per_token
+
+
+def training_memory(shape: Shape, tokens: int, checkpointing: bool) -> int:
+    """Bytes at the peak of a training step: logits, their softmax and its gradient are whole, in float32."""
+    kept = tokens * shape.layers * shape.hidden * shape.itemsize if checkpointing else tokens * shape.bytes_per_token
+    return shape.standing_bytes + kept + 3 * 4 * tokens * shape.vocabulary
+
+
+def gradient_flops(shape: Shape, tokens: int) -> int:
+    """Multiplications and additions of a gradient pass, attention apart: two a weight and token in each direction."""
+    return 4 * shape.base * tokens
+
+
+def free_memory(place: torch.device) -> int:
+    """Bytes that a batch may still take on a device: what is free, and what torch holds there without using it."""
+    if place.type == "cuda":
+        held = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return torch.cuda.mem_get_info(place)[0] + held
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def token_budget_for(shape: Shape | None, free: int, device_type: str) -> int:
+    """The largest power of two whose activations fit well into `free` bytes, within what makes sense on the device.
+
+    A power of two, so that a run taken up again with a little more or less memory cuts the same batches.
+    """
+    most = MOST_TOKENS[device_type]
+    if shape is None:
+        return min(most, 2048)
+    tokens = most
+    while tokens > FEWEST_TOKENS and tokens * shape.bytes_per_token > SHARE_OF_FREE_MEMORY * free:
+        tokens //= 2
+    return tokens

@@ -1,0 +1,45 @@
+"""Memory and arithmetic from a model's shape, and the batch that follows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig
+
+from dataflex.cost import Shape, free_memory, gradient_memory, shape_of, token_budget_for, training_memory
+
+LLAMA_8B = Shape(8_030_000_000, 42_000_000, 32, 4096, 14336, vocabulary=128_256, itemsize=2)
+
+
+@pytest.mark.parametrize(
+    ("free", "place", "tokens"),
+    [
+        (80e9, "cuda", 4096),
+        (24e9, "cuda", 1024),
+        (1e9, "cuda", 256),  # the fewest: what does not fit is halved when it shows
+        (1e13, "cuda", 16384),
+        (1e13, "cpu", 2048),
+    ],
+)
+def test_the_token_budget_is_a_power_of_two_that_fits(free, place, tokens):
+    assert token_budget_for(LLAMA_8B, free, place) == tokens
+
+
+def test_an_unknown_shape_gets_a_modest_budget():
+    assert token_budget_for(None, 80e9, "cuda") == 2048
+
+
+def test_a_shape_is_read_from_a_configuration():
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=1000)
+    assert shape_of(config, 5, 3, 4) == Shape(5, 3, 2, 64, 128, 1000, 4)
+    assert shape_of(GPT2Config(), 5, 3, 4) is None  # it has other names for them
+
+
+def test_training_takes_more_than_gradients_do_and_checkpointing_less():
+    whole = training_memory(LLAMA_8B, 2048, checkpointing=False)
+    assert whole > gradient_memory(LLAMA_8B, 2048) > LLAMA_8B.standing_bytes
+    assert training_memory(LLAMA_8B, 2048, checkpointing=True) < whole
+
+
+def test_free_memory_is_what_the_machine_has_left():
+    assert 2**28 < free_memory(torch.device("cpu")) < 2**50

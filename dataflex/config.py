@@ -279,8 +279,9 @@ class RunConfig(BaseModel):
     """Adam's step: bias-corrected as torch's, without correction (dataflex), or with epsilon in the root (less)."""
     proj_dim: PositiveInt | None = 8192
     """Dimensions a gradient is projected to; null scores exactly and keeps no store."""
-    projector: Literal["sketch", "rademacher", "none"] = "sketch"
-    """How: a sparse sketch (one pass over the parameters), dense random signs, or not at all."""
+    projector: Literal["sketch", "rademacher", "fast_jl", "none"] = "sketch"
+    """How: a sparse sketch (one pass over the parameters), dense random signs (rademacher; fast_jl on CUDA, through
+    the package of that name), or not at all."""
     proj_seed: NonNegativeInt = 123
     """Seed of the projection (`seed` in a component's params)."""
     store_dtype: Literal["float16", "float32", "int8", "int1"] = "float16"

@@ -6,8 +6,9 @@ back. The loss is the sum over rows of each row's token mean, so every row's gra
 batch of one gives. Nothing is accumulated in any `.grad`, and nothing below the first adapted layer
 is differentiated.
 
-x and δ are the same on merged weights, y = (W + s·BA)x, where the model takes one matrix product a layer
-instead of three.
+Training's own code casts and keeps more than gradients need: a plain layer is therefore run as one function
+here (`_AdaptedLinear`), with the same products in the same dtype. Merged weights, y = (W + s·BA)x, were tried
+in its place: they save two small products and cost two sums of all weights a batch, and round in bfloat16.
 """
 
 from __future__ import annotations
@@ -69,13 +70,13 @@ def row_gradients(
     labels: torch.Tensor,
     on_gradient: OnGradient,
     *,
-    merged: bool = True,
+    fused: bool = True,
     plain_head: bool = False,
 ) -> RowLosses:
     """Hand every row's gradient of every LoRA tensor to `on_gradient`, pair by pair, as backward meets them.
 
-    Run it inside `undisturbed`. `slots` is `layout(pairs)`, `values` is `adapter_values(pairs)`; `merged` runs the
-    layers that `can_merge` on merged weights; the rest are the arguments of `row_losses`. A layer that took no part
+    Run it inside `undisturbed`. `slots` is `layout(pairs)`, `values` is `adapter_values(pairs)`; `fused` takes
+    the layers that `can_fuse` as one function each, not as training runs them; the rest are the arguments of `row_losses`. A layer that took no part
     in the pass (an expert no token was sent to) has gradient zero.
 
     Raises:
@@ -92,7 +93,7 @@ def row_gradients(
     with contextlib.ExitStack() as watched:
         for index, pair in enumerate(pairs):
             watch = _Watch(pair, *values[index], slots[2 * index], slots[2 * index + 1], len(labels), once)
-            watched.enter_context(_merged(watch) if merged and can_merge(pair) else _unmerged(watch))
+            watched.enter_context(_fused(watch) if fused and can_fuse(pair) else _hooked(watch))
         with torch.enable_grad():
             losses = row_losses(model, input_ids, labels, plain_head)
             losses.loss.sum().backward()
@@ -101,7 +102,7 @@ def row_gradients(
     return RowLosses(losses.loss.detach(), losses.tokens)
 
 
-def can_merge(pair: LoraPair) -> bool:
+def can_fuse(pair: LoraPair) -> bool:
     """True for a pair on a plain linear layer whose weight is here: not quantized, not shared out by ZeRO-3."""
     base = pair.module.get_base_layer()
     return type(base) is nn.Linear and not hasattr(base.weight, "ds_id") and "forward" not in vars(pair.module)
@@ -121,35 +122,36 @@ class _Watch:
     rows: int
     on_gradient: OnGradient
 
-    def merged_weight(self) -> torch.Tensor:
-        """W + s·BA [out, in], summed in float32 and rounded once."""
-        weight = self.pair.module.get_base_layer().weight
-        return torch.addmm(weight.float(), self.weight_b, self.weight_a, alpha=self.pair.scaling).to(weight.dtype)
-
-    def gradients(self, x: torch.Tensor, delta: torch.Tensor) -> None:
-        """Hand on both tensors' gradients, from the layer's input [rows, T, in] and its output's gradient."""
+    def gradients(self, x: torch.Tensor, x_a: torch.Tensor, delta: torch.Tensor, delta_b: torch.Tensor) -> None:
+        """Hand on both tensors' gradients: from x [rows, T, in], xAᵀ [rows, T, r], δ [rows, T, out] and s·δB
+        [rows, T, r]."""
         if x.dim() != 3 or len(x) != self.rows:
             raise UsageError(
                 f"{self.pair.name} is given tokens of all rows at once, {list(x.shape)}, not row by row, so their "
                 "gradients cannot be told apart; take it out of lora_target"
             )
-        with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
-            inputs, delta, scaling = x.float(), delta.float(), self.pair.scaling
-            gradient_a = torch.bmm((delta @ (self.weight_b * scaling)).transpose(1, 2), inputs)  # [rows, r, in]
-            self.on_gradient(self.slot_a, gradient_a.flatten(1))
-            gradient_b = torch.bmm(delta.transpose(1, 2), inputs @ (self.weight_a * scaling).T)  # [rows, out, r]
-            self.on_gradient(self.slot_b, gradient_b.flatten(1))
+        gradient_a = torch.bmm(delta_b.transpose(1, 2), x).float()  # [rows, r, in]
+        self.on_gradient(self.slot_a, gradient_a.flatten(1))
+        gradient_b = torch.bmm(delta.transpose(1, 2), x_a).float()  # [rows, out, r]
+        self.on_gradient(self.slot_b, gradient_b.mul_(self.pair.scaling).flatten(1))
 
 
 @contextlib.contextmanager
-def _unmerged(watch: _Watch) -> Iterator[None]:
+def _hooked(watch: _Watch) -> Iterator[None]:
     """The layer as training runs it; a hook waits for the gradient of its output."""
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x = args[0].detach()
         if not output.requires_grad:
             output.requires_grad_()  # the first adapted layers: the graph starts here, not below
-        output.register_hook(lambda delta: watch.gradients(x, delta))
+
+        def on_backward(delta: torch.Tensor) -> None:
+            with torch.no_grad(), torch.autocast(delta.device.type, enabled=False):
+                inputs, change = x.float(), delta.float()
+                delta_b = change @ (watch.weight_b * watch.pair.scaling)
+                watch.gradients(inputs, inputs @ watch.weight_a.T, change, delta_b)
+
+        output.register_hook(on_backward)
 
     handle = watch.pair.module.register_forward_hook(hook)
     try:
@@ -159,32 +161,47 @@ def _unmerged(watch: _Watch) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _merged(watch: _Watch) -> Iterator[None]:
-    """One product with W + s·BA in place of the three that training takes.
-
-    The sum is made anew in each direction: two small products, against a second copy of all the weights.
-    """
+def _fused(watch: _Watch) -> Iterator[None]:
+    """The layer's own arithmetic as one function of its input, which shares what both directions need."""
     module = watch.pair.module
     start = torch.empty(0, requires_grad=True)  # the first adapted layers: the graph starts here, not below
-    module.forward = lambda x, *args, **kwargs: _MergedLinear.apply(x, start, watch)
+    module.forward = lambda x, *args, **kwargs: _AdaptedLinear.apply(x, start, watch)
     try:
         yield
     finally:
         del module.forward
 
 
-class _MergedLinear(torch.autograd.Function):
-    """y = (W + s·BA)x + bias, whose backward pass hands the pair's gradients to its watch."""
+class _AdaptedLinear(torch.autograd.Function):
+    """y = Wx + bias + s·B(Ax) in W's dtype, whose backward pass hands the pair's gradients to its watch."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, start: torch.Tensor, watch: _Watch) -> torch.Tensor:
-        ctx.watch = watch
-        ctx.save_for_backward(x)
-        return functional.linear(x, watch.merged_weight(), watch.pair.module.get_base_layer().bias)
+        base = watch.pair.module.get_base_layer()
+        dtype = base.weight.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            inputs = x.to(dtype)
+            x_a = inputs @ watch.weight_a.T.to(dtype)
+            y = functional.linear(inputs, base.weight, base.bias)
+            _add_product(y, x_a, (watch.weight_b.T * watch.pair.scaling).to(dtype))
+        ctx.watch, ctx.dtype = watch, x.dtype
+        ctx.save_for_backward(inputs, x_a)
+        return y
 
     @staticmethod
     def backward(ctx: Any, delta: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        (x,) = ctx.saved_tensors
-        ctx.watch.gradients(x, delta)
-        below = (delta @ ctx.watch.merged_weight()).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return below, None, None
+        watch, (x, x_a) = ctx.watch, ctx.saved_tensors
+        weight = watch.pair.module.get_base_layer().weight
+        with torch.autocast(x.device.type, enabled=False):
+            delta_b = delta @ (watch.weight_b * watch.pair.scaling).to(weight.dtype)
+            watch.gradients(x, x_a, delta, delta_b)
+            if not ctx.needs_input_grad[0]:
+                return None, None, None
+            below = delta @ weight
+            _add_product(below, delta_b, watch.weight_a.to(weight.dtype))
+        return below.to(ctx.dtype), None, None
+
+
+def _add_product(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """out [..., n] += left [..., r] @ right [r, n], without a temporary."""
+    out.view(-1, out.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), right)

@@ -16,12 +16,15 @@ from dataflex.gradients.passes import Pass
 from dataflex.lora import full_value
 from dataflex.masking import masked
 from dataflex.model import model_fingerprint
+from dataflex.provenance import device_name
 from dataflex.training.moments import AdamMoments
 
 LIBRARIES = ("dataflex", "torch", "transformers", "peft", "h5py")
 
 # Two stores can be compared only if their rows are images under one map, taken at one set of parameters.
-PROJECTION_KEYS = ("base_model", "adapter", "dtype", "projector", "proj_dim", "proj_seed", "parameters")
+PROJECTION_KEYS = (
+    *("base_model", "adapter", "dtype", "projector", "projector_device", "proj_dim", "proj_seed", "parameters"),
+)
 
 
 def describe(
@@ -54,6 +57,8 @@ def describe(
         "adam_formula": config.adam_formula if gradient_type == "adam" else None,
         "moments": _digest_moments(moments) if gradient_type == "adam" and moments is not None else None,
         "projector": config.projector,
+        # the signs of fast_jl depend on the GPU; those of the others on nothing but the seed
+        "projector_device": device_name() if config.projector == "fast_jl" else None,
         "proj_dim": run.parameters if config.projector == "none" else config.proj_dim,
         "proj_seed": config.proj_seed,
         "store_dtype": config.store_dtype,

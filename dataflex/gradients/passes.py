@@ -44,8 +44,8 @@ class Pass:
     """Of the matrix products; below float32 they run under autocast, as in training."""
     pad_token_id: int
     token_budget: int
-    merged: bool = True
-    """Run adapted layers on merged weights where that can be: faster, and the same numbers but for rounding."""
+    fused: bool = True
+    """Run adapted layers as one function each where that can be: faster, and the same numbers but for rounding."""
 
     @property
     def parameters(self) -> int:
@@ -225,7 +225,7 @@ def _project_batch(
             values,
             *_inputs(run, rows),
             on_gradient,
-            merged=run.merged,
+            fused=run.fused,
             plain_head=run.plain_head,
         )
     return vectors, losses.loss

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 
 MASK = 0xFFFFFFFF
+# Of the dense matrix at a time: pieces that are mapped and freed anew take seven times as long.
+PIECE_NUMBERS = 1 << 18
 
 
 class Projector(Protocol):
@@ -75,14 +77,14 @@ class Rademacher:
     """Dense random signs over √k: the projection LESS uses, exact in expectation with variance about ‖x‖²‖y‖²/k.
 
     Costs rows × n × k multiplications, and n × k hashed bits a batch whatever its rows; the matrix
-    exists only in pieces of at most 2²² numbers.
+    exists only in pieces small enough for a core's cache.
     """
 
     def __init__(self, parameters: int, dim: int, seed: int, device: torch.device | str = "cpu") -> None:
         self.dim = dim
         self.seed = seed
         self.words = -(-dim // 32)  # one hash gives 32 signs
-        self.chunk = max(1, (1 << 22) // dim)
+        self.chunk = max(1, PIECE_NUMBERS // dim)
         self.bits = torch.arange(32, device=device)
 
     def matrix(self, start: int, length: int) -> torch.Tensor:
@@ -125,4 +127,8 @@ def make_projector(name: str, parameters: int, dim: int, seed: int, device: torc
     """The projector that `projector:` names; `none` ignores `dim`."""
     if name == "none":
         return Identity(parameters)
+    if name == "fast_jl":
+        from dataflex.gradients.fast_jl import make_fast_jl
+
+        return make_fast_jl(dim, seed, device)
     return {"sketch": Sketch, "rademacher": Rademacher}[name](parameters, dim, seed, device)

@@ -29,6 +29,7 @@ from dataflex.files import disk_errors_of
 FORMAT = "dataflex-gradients"
 VERSION = 1
 BYTES_BESIDE = 9  # of each row: norm, loss, done
+TILE_NUMBERS = 1 << 20  # 4 MiB of float32
 WIDTH_DTYPE = {"float16": np.float16, "float32": np.float32, "int8": np.int8, "int1": np.uint8}
 
 
@@ -42,11 +43,21 @@ def encode_rows(unit: np.ndarray, dtype: str) -> np.ndarray:
     return unit.astype(WIDTH_DTYPE[dtype])
 
 
+def to_float(stored: np.ndarray, dtype: str, out: np.ndarray) -> None:
+    """Write stored rows to `out` [n, k] float32, as long as they happen to be: signs are ±1."""
+    if dtype == "int1":
+        np.multiply(np.unpackbits(stored, axis=1, count=out.shape[1]), 2, out=out)
+        out -= 1
+    else:  # numpy takes ten times as long over float16
+        import torch
+
+        torch.from_numpy(out).copy_(torch.from_numpy(stored))
+
+
 def decode_rows(stored: np.ndarray, dtype: str, dim: int) -> np.ndarray:
     """Stored rows as unit rows [n, k] float32: rounding is undone by normalising again."""
-    if dtype == "int1":
-        return (np.unpackbits(stored, axis=1, count=dim).astype(np.float32) * 2 - 1) / np.float32(dim) ** 0.5
-    rows = stored.astype(np.float32)
+    rows = np.empty((len(stored), dim), dtype=np.float32)
+    to_float(stored, dtype, rows)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, norms, out=np.zeros_like(rows), where=norms != 0)  # a row not done yet is zero
 
@@ -142,10 +153,26 @@ class GradientStore:
             decoded[self._file["norm"][rows] == 0] = 0
         return decoded
 
-    def blocks(self, rows: int = 4096) -> Iterator[tuple[int, np.ndarray]]:
-        """(first index, unit rows) for the whole store, `rows` at a time."""
-        for start in range(0, len(self), rows):
-            yield start, self[start : start + rows]
+    def tiles(self, start: int, stop: int, numbers: int = TILE_NUMBERS) -> Iterator[tuple[int, np.ndarray]]:
+        """(first index, rows [n, k] float32 as long as they are kept) from `start` to `stop`, some at a time.
+
+        They come in one buffer, small enough for a core's cache: use them before the next. Threads may each have
+        their own; the bytes are read past HDF5, which lets one thread in at a time.
+        """
+        data = self._file["gradients"]
+        count = max(1, numbers // self.dim)
+        floats = np.empty((count, self.dim), dtype=np.float32)
+        raw = np.empty((count, *data.shape[1:]), dtype=data.dtype)
+        place, stride = data.id.get_offset(), raw[0].nbytes
+        with open(self.path, "rb", buffering=0) as handle:
+            for first in range(start, stop, count):
+                some = min(count, stop - first)
+                if place is None:  # another program has packed the file
+                    data.read_direct(raw, np.s_[first : first + some], np.s_[:some])
+                else:
+                    _read_fully(handle.fileno(), raw[:some], place + first * stride)
+                to_float(raw[:some], self.dtype, floats[:some])
+                yield first, floats[:some]
 
     def require_sound(self) -> None:
         """Raise a UsageError if what the file says of its rows is not what was once written."""
@@ -165,6 +192,16 @@ class GradientStore:
                 f"gradient store {self.path}: {len(missing)} of {len(self)} rows are not done "
                 f"(first: row {missing[0]}); run the same `dataflex grads` command again to finish it"
             )
+
+
+def _read_fully(handle: int, into: np.ndarray, place: int) -> None:
+    """Fill an array from a place in a file. Raises an OSError where the file ends before it is full."""
+    room = memoryview(into.reshape(-1).view(np.uint8))
+    while room:
+        got = os.preadv(handle, [room], place)
+        if not got:
+            raise OSError("the file ends too early")
+        room, place = room[got:], place + got
 
 
 def open_store(path: str | Path) -> GradientStore:

@@ -68,22 +68,6 @@ def parse_weights(text: str, learning_rates: Sequence[float]) -> list[float]:
     return normalise_weights(numbers)
 
 
-def subtask_means(vectors: np.ndarray, subtask: Sequence[str] | None) -> tuple[list[str], np.ndarray]:
-    """The mean unit vector of each subtask.
-
-    Args:
-        vectors: [V, k] unit rows.
-        subtask: each row's subtask, or None for one subtask.
-
-    Returns:
-        names in order, and [S, k] float32.
-    """
-    labels = np.array([ONE_SUBTASK] * len(vectors) if subtask is None else subtask)
-    names = sorted(set(labels.tolist()))
-    means = [vectors[labels == name].mean(axis=0, dtype=np.float64) for name in names]
-    return names, np.stack(means).astype(np.float32)
-
-
 def check_subtasks(empty: Sequence[str]) -> None:
     """Raise a DataflexError if any subtask is left with bad rows only."""
     if empty:

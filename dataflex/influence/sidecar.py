@@ -22,7 +22,7 @@ SUFFIX = ".manifest.json"
 KEYS = (
     *("model_name_or_path", "base_model", "adapter", "dtype", "dataset", "data", "files", "template", "cutoff_len"),
     *("max_samples", "train_on_prompt", "mask_history", "gradient_type", "adam_formula", "moments", "projector"),
-    *("proj_dim", "proj_seed", "store_dtype", "step", "learning_rate", "versions"),
+    *("projector_device", "proj_dim", "proj_seed", "store_dtype", "step", "learning_rate", "versions"),
 )
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from dataflex.errors import UsageError
 from dataflex.gradients.manifest import PROJECTION_KEYS, differences
 from dataflex.gradients.store import GradientStore, open_store
-from dataflex.influence.scores import ONE_SUBTASK, check_subtasks, subtask_means
+from dataflex.influence.scores import ONE_SUBTASK, check_subtasks
 from dataflex.progress import SILENT, Progress
 
-BLOCK_BYTES = 64 << 20
+STRIPE_ROWS = 4096  # the work of a thread between two signs of progress
 
 
 def stored_cosines(
@@ -21,29 +24,59 @@ def stored_cosines(
 ) -> tuple[list[str], np.ndarray]:
     """Each training row's mean cosine with each subtask's rows: names, and [S, N] float32.
 
-    Bad rows that were skipped have NaN, or have no part in the means. Resident memory is a block of training
-    rows plus the validation store.
+    Bad rows that were skipped have NaN, or have no part in the means. Products are summed in float32; of either
+    store no more than some rows a thread are in memory.
     """
     names, queries = _means_of(validation)
-    block = max(1, BLOCK_BYTES // (4 * train.dim))
     cosines = np.empty((len(names), len(train)), dtype=np.float32)
-    with progress.task("scoring", len(train), "rows") as task:
-        for start, rows in train.blocks(block):
-            cosines[:, start : start + len(rows)] = queries @ rows.T
-            task.advance(len(rows))
+    starts = range(0, len(train), STRIPE_ROWS)
+    with progress.task("scoring", len(train), "rows") as task, _one_thread_a_worker() as pool:
+        for start, part in zip(starts, pool.map(lambda start: _stripe(train, queries, start), starts), strict=True):
+            cosines[:, start : start + part.shape[1]] = part
+            task.advance(part.shape[1])
     if not np.isfinite(cosines).all():
         raise UsageError(f"gradient store {train.path}: damaged, it holds numbers that are not finite")
     cosines[:, train.bad] = np.nan
     return names, cosines
 
 
+@contextlib.contextmanager
+def _one_thread_a_worker() -> Iterator[ThreadPoolExecutor]:
+    """A worker a core; torch's own threads would only get in their way, over pieces as small as a tile."""
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _stripe(store: GradientStore, queries: np.ndarray, start: int) -> np.ndarray:
+    """Products [S, n] of `queries` [S, k] with the unit vectors of the rows from `start` on."""
+    stop = min(start + STRIPE_ROWS, len(store))
+    found = np.empty((len(queries), stop - start), dtype=np.float32)
+    columns = torch.from_numpy(queries.T)
+    for first, rows in store.tiles(start, stop):
+        lengths = np.sqrt(np.vecdot(rows, rows))
+        lengths[lengths == 0] = 1  # a bad row that was skipped
+        found[:, first - start : first - start + len(rows)] = (torch.from_numpy(rows) @ columns).numpy().T / lengths
+    return found
+
+
 def _means_of(validation: GradientStore) -> tuple[list[str], np.ndarray]:
-    """The mean unit vector of each subtask's rows, the bad ones left out."""
-    good = np.flatnonzero(~validation.bad)
-    subtask = validation.subtask
-    kept = None if subtask is None else [subtask[index] for index in good]
-    check_subtasks(sorted(set(subtask or [ONE_SUBTASK]) - set(kept or [ONE_SUBTASK] * min(1, len(good)))))
-    return subtask_means(validation[:][good], kept)
+    """The mean unit vector of each subtask's rows, the bad ones left out: names in order, and [S, k] float32."""
+    labels = np.array(validation.subtask or [ONE_SUBTASK] * len(validation))
+    names, good = sorted(set(labels.tolist())), ~validation.bad
+    counts = np.array([(good & (labels == name)).sum() for name in names])
+    check_subtasks([name for name, count in zip(names, counts, strict=True) if count == 0])
+    sums = np.zeros((len(names), validation.dim))
+    for first, rows in validation.tiles(0, len(validation)):
+        lengths = np.sqrt(np.vecdot(rows, rows))
+        place = slice(first, first + len(rows))
+        for index, name in enumerate(names):
+            of_subtask = good[place] & (labels[place] == name)
+            sums[index] += (rows[of_subtask] / lengths[of_subtask, None]).sum(axis=0, dtype=np.float64)
+    return names, (sums / counts[:, None]).astype(np.float32)
 
 
 def open_pairs(

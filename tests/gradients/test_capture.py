@@ -11,7 +11,7 @@ import torch
 
 from dataflex.data.batches import collate
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients.capture import adapter_values, can_merge, row_gradients, undisturbed
+from dataflex.gradients.capture import adapter_values, can_fuse, row_gradients, undisturbed
 from dataflex.gradients.loss import row_losses
 from dataflex.gradients.passes import make_pass, mean_loss, project_rows
 from dataflex.gradients.projection import Identity
@@ -30,9 +30,7 @@ def autograd_gradients(model: torch.nn.Module, example) -> tuple[dict[str, torch
     return gradients, loss.item()
 
 
-def batched_gradients(
-    model: torch.nn.Module, rows, merged: bool = True
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def batched_gradients(model: torch.nn.Module, rows, fused: bool = True) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     pairs = lora_pairs(model)
     batch = collate(rows, pad_token_id=0)
     found: dict[str, torch.Tensor] = {}
@@ -45,14 +43,14 @@ def batched_gradients(
             batch["input_ids"],
             batch["labels"],
             lambda slot, gradient: found.__setitem__(slot.name, gradient.clone()),
-            merged=merged,
+            fused=fused,
         )
     return found, losses.loss
 
 
-@pytest.mark.parametrize("merged", [True, False])
-def test_a_padded_batch_gives_each_row_its_own_gradient(lora_model, rows, merged):
-    found, losses = batched_gradients(lora_model, rows, merged)
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_padded_batch_gives_each_row_its_own_gradient(lora_model, rows, fused):
+    found, losses = batched_gradients(lora_model, rows, fused)
     for index, example in enumerate(rows):
         wanted, loss = autograd_gradients(lora_model, example)
         assert losses[index].item() == pytest.approx(loss, rel=1e-5)
@@ -62,8 +60,8 @@ def test_a_padded_batch_gives_each_row_its_own_gradient(lora_model, rows, merged
             assert difference <= 1e-5 * gradient.norm(), (example.row, name)
 
 
-def test_layers_of_every_kind_give_the_same_gradients_merged_or_not(rows):
-    """A bias, a transposed weight (left unmerged), an rslora scale, an adapter on the output head."""
+def test_layers_of_every_kind_give_the_same_gradients_fused_or_not(rows):
+    """A bias, a transposed weight (left unfused), an rslora scale, an adapter on the output head."""
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
 
@@ -89,10 +87,10 @@ def test_layers_of_every_kind_give_the_same_gradients_merged_or_not(rows):
             torch.nn.init.normal_(bias)
         lora = LoraConfig(target_modules=targets, r=3, use_rslora=True, task_type="CAUSAL_LM", init_lora_weights=False)
         model = get_peft_model(base, lora)
-        assert [can_merge(pair) for pair in lora_pairs(model)] == merges
+        assert [can_fuse(pair) for pair in lora_pairs(model)] == merges
         oracle = [autograd_gradients(model, row)[0] for row in rows]
-        for merged in (True, False):
-            found, _ = batched_gradients(model, rows, merged)
+        for fused in (True, False):
+            found, _ = batched_gradients(model, rows, fused)
             for name, gradients in found.items():
                 for gradient, wanted in zip(gradients, oracle, strict=True):
                     assert (gradient - wanted[name].flatten()).norm() <= 1e-4 * wanted[name].norm(), name
@@ -103,9 +101,9 @@ def test_a_layer_that_is_not_told_which_token_is_whose_is_refused(lora_model, ro
     layer = lora_model.base_model.model.model.layers[1].mlp
     through = layer.forward
     layer.forward = lambda x: through(x.flatten(0, 1)).view_as(x)
-    for merged in (True, False):
+    for fused in (True, False):
         with pytest.raises(UsageError, match=r"mlp.down_proj is given tokens of all rows at once, \[450, 128\]"):
-            batched_gradients(lora_model, rows, merged)
+            batched_gradients(lora_model, rows, fused)
 
 
 def test_a_row_does_not_feel_its_neighbours(lora_model, rows):
@@ -181,12 +179,12 @@ def test_a_bad_gradient_names_its_row(lora_model, rows, factor, words):
         list(project_rows(run, rows, [[0, 3]], spoil, Identity(run.parameters)))
 
 
-@pytest.mark.parametrize("merged", [True, False])
-def test_frozen_parameters_get_no_gradient_and_nothing_below_the_first_pair_is_differentiated(lora_model, rows, merged):
+@pytest.mark.parametrize("fused", [True, False])
+def test_frozen_parameters_get_no_gradient_and_nothing_below_the_first_pair_is_differentiated(lora_model, rows, fused):
     seen = []
     embedding = lora_model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
-    batched_gradients(lora_model, rows, merged)
+    batched_gradients(lora_model, rows, fused)
     handle.remove()
     assert seen == [False]
     assert all(parameter.grad is None for parameter in lora_model.parameters())

@@ -55,7 +55,6 @@ def test_rows_come_back_as_unit_vectors(tmp_path, dtype, cosine):
         assert store.subtask == ["x", "y", "x", "x", "y", "é", "x"]
         assert store.dataset == ["first"] * 4 + ["second"] * 3
         np.testing.assert_array_equal(store[2], store[2:3][0])
-        np.testing.assert_array_equal(np.concatenate([block for _, block in store.blocks(3)]), store[:])
         store.require_whole()
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
 from dataflex import load_config
 from dataflex.errors import UsageError
-from dataflex.gradients.store import StoreWriter, create_store
-from dataflex.influence.scores import influence, parse_weights, ranking, read_scores, round_robin, subtask_means
+from dataflex.gradients.store import GradientStore, StoreWriter, create_store, open_store
+from dataflex.influence import stored
+from dataflex.influence.scores import influence, parse_weights, ranking, read_scores, round_robin
 from dataflex.influence.scoring import score
 
 K = 64
@@ -143,11 +145,26 @@ def test_equal_scores_keep_row_order():
     assert ranking(np.array([9, 4, 7]), np.array([0.5, 0.5, 0.6])).tolist() == [2, 1, 0]
 
 
-def test_a_mean_of_cosines_is_a_product_with_a_mean_vector():
-    rows = unit(np.random.default_rng(1).normal(size=(5, K)))
-    names, means = subtask_means(rows.astype(np.float32), None)
-    assert names == ["all"]
-    np.testing.assert_allclose(means[0], rows.mean(axis=0), atol=1e-7)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "int1"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_stores_of_any_size_and_kind_are_scored_as_their_rows_are(tmp_path, monkeypatch, dtype, packed):
+    """Several stripes and tiles, several subtasks, and a file that another program has compressed."""
+    monkeypatch.setattr(stored, "STRIPE_ROWS", 7)
+    monkeypatch.setattr(GradientStore.tiles, "__defaults__", (3 * K,))
+    generator = np.random.default_rng(5)
+    names = [["b", "a"][index % 2] for index in range(9)]
+    train = make_store(tmp_path / "t.h5", generator.normal(size=(40, K)), dtype=dtype)
+    validation = make_store(tmp_path / "v.h5", generator.normal(size=(9, K)), dtype=dtype, subtask=names)
+    if packed:
+        with h5py.File(train, "r+") as file:
+            rows = file["gradients"][:]
+            del file["gradients"]
+            file.create_dataset("gradients", data=rows, compression="gzip")
+    with open_store(train) as ours, open_store(validation) as theirs:
+        subtasks, found = stored.stored_cosines(ours, theirs)
+        assert subtasks == ["a", "b"]
+        wanted = [ours[:] @ theirs[index::2].mean(axis=0) for index in (1, 0)]
+    np.testing.assert_allclose(found, wanted, atol=2e-6)
 
 
 @pytest.mark.parametrize(

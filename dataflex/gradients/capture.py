@@ -75,9 +75,9 @@ def row_gradients(
 ) -> RowLosses:
     """Hand every row's gradient of every LoRA tensor to `on_gradient`, pair by pair, as backward meets them.
 
-    Run it inside `undisturbed`. `slots` is `layout(pairs)`, `values` is `adapter_values(pairs)`; `fused` takes
-    the layers that `can_fuse` as one function each, not as training runs them; the rest are the arguments of `row_losses`. A layer that took no part
-    in the pass (an expert no token was sent to) has gradient zero.
+    Run it inside `undisturbed`. `slots` is `layout(pairs)`, `values` is `adapter_values(pairs)`; `fused` takes the
+    layers that `can_fuse` as one function each, not as training runs them; the rest are the arguments of
+    `row_losses`. A layer that took no part in the pass (an expert no token was sent to) has gradient zero.
 
     Raises:
         UsageError: if a layer is used twice in one pass, so that its gradients would arrive in parts, or is given

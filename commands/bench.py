@@ -39,6 +39,7 @@ def bench(
                 "LoRA training": f"{found['train']['tokens_per_s']:.1f} tokens/s, peak {peaks['train'] / 1e9:.2f} GB",
                 "gradients": f"{found['grads']['tokens_per_s']:.1f} tokens/s, peak {peaks['grads'] / 1e9:.2f} GB",
                 "ratio": f"{found['ratio']:.2f}",
+                "the gradients' arithmetic": f"{found['grads']['flops_per_s'] / 1e9:.0f} GFLOP/s without attention",
                 "of the gradients' time": ", ".join(f"{name} {100 * v / everything:.1f}%" for name, v in parts.items()),
                 "for the whole dataset": f"{dataset['rows']} rows in about {dataset['seconds']:.0f} s",
             },

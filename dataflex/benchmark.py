@@ -10,6 +10,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from dataflex.config import RunConfig, require
+from dataflex.cost import FEWEST_TOKENS, free_memory, gradient_flops, shape_of, training_memory
 from dataflex.data.batches import collate
 from dataflex.data.examples import Example, load_split
 from dataflex.gradients.direction import make_direction
@@ -36,9 +38,9 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     """Time training and gradients over a sample of batches, and return the figures.
 
     Returns:
-        device, dtype; `train` and `grads` with tokens_per_s, `grads` also with seconds by part; `ratio`, grads over
-        train; `peak_memory_bytes` of both; `sample` and `dataset` with their rows and tokens, and the seconds a
-        gradient pass over the whole dataset would take.
+        device, dtype; `train` and `grads` with tokens_per_s, `grads` also with seconds by part and flops_per_s;
+        `ratio`, grads over train; `peak_memory_bytes` of both; `sample` and `dataset` with their rows and tokens, and
+        the seconds a gradient pass over the whole dataset would take.
     """
     require(config, "bench", "model_name_or_path", "dataset")
     tokenizer = load_tokenizer(config)
@@ -46,7 +48,10 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     dtype = compute_dtype(config)
     base = load_base_model(config, dtype)
     check_vocabulary(base, split.examples, config.template)
+    base_parameters = base.num_parameters()
     run = make_pass(on_device(add_lora(base, config)), dtype, tokenizer.pad_token_id, config.token_budget)
+    if config.token_budget is None:
+        run = replace(run, token_budget=_budget_for_both(run, base_parameters))
     batches = sample(batches_of(run, split.examples, config.proj_dim or 1))
 
     optimizer = torch.optim.AdamW([slot.parameter for slot in run.slots], lr=config.learning_rate)
@@ -70,16 +75,26 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     seconds = dict(clock.seconds)
     train, grads = seconds.pop("train"), seconds.pop("grads")
     parts = {"model": grads - sum(seconds.values()), **seconds}
+    flops = gradient_flops(base_parameters, tokens)
     return {
         "device": device_name(),
         "dtype": str(dtype).removeprefix("torch."),
         "train": {"tokens_per_s": tokens / train},
-        "grads": {"tokens_per_s": tokens / grads, "seconds": parts},
+        "grads": {"tokens_per_s": tokens / grads, "seconds": parts, "flops_per_s": flops / grads},
         "ratio": train / grads,
         "peak_memory_bytes": peaks,
         "sample": {"rows": sum(len(batch) for batch in rows), "tokens": tokens, "batches": len(rows)},
         "dataset": {"rows": len(split.examples), "tokens": total, "seconds": total * grads / tokens},
     }
+
+
+def _budget_for_both(run: Pass, base_parameters: int) -> int:
+    """The pass's token budget, halved until a training step over as many tokens fits as well."""
+    shape, budget = shape_of(run.model.config, base_parameters, run.parameters, run.dtype.itemsize), run.token_budget
+    free = free_memory(run.device)
+    while shape and budget > FEWEST_TOKENS and training_memory(shape, budget, False) - shape.standing_bytes > free:
+        budget //= 2
+    return budget
 
 
 def sample(batches: Sequence[list[int]]) -> list[list[int]]:

@@ -5,6 +5,8 @@ One model for the dry run, for `bench` and for the choice of a batch's size, so 
 
 from __future__ import annotations
 
+import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,18 +64,26 @@ def training_memory(shape: Shape, tokens: int, checkpointing: bool) -> int:
     return shape.standing_bytes + kept + 3 * 4 * tokens * shape.vocabulary
 
 
-def gradient_flops(shape: Shape, tokens: int) -> int:
+def gradient_flops(base_parameters: int, tokens: int) -> int:
     """Multiplications and additions of a gradient pass, attention apart: two a weight and token in each direction."""
-    return 4 * shape.base * tokens
+    return 4 * base_parameters * tokens
 
 
 def free_memory(place: torch.device) -> int:
-    """Bytes that a batch may still take on a device: what is free, and what torch holds there without using it."""
+    """Bytes that a batch may still take on a device: what is free, and what torch holds there without using it.
+
+    The processes of a machine without GPUs share what the machine, or the control group they are in, has left.
+    """
     if place.type == "cuda":
         held = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
         return torch.cuda.mem_get_info(place)[0] + held
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such group, or "max": no limit
+        used = int((group / "memory.current").read_text())
+        free = min(free, int((group / "memory.max").read_text()) - used)
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def token_budget_for(shape: Shape | None, free: int, device_type: str) -> int:

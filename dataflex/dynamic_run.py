@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dataflex import processes
@@ -16,8 +16,9 @@ from dataflex.data.examples import Split, load_split
 from dataflex.errors import UsageError
 from dataflex.files import read_jsonl, write_jsonl
 from dataflex.gradients.passes import Pass, make_pass, mean_loss
+from dataflex.gradients.projection import check_projector
 from dataflex.influence.scores import best_rows, score_records
-from dataflex.model import check_vocabulary, compute_dtype, load_tokenizer
+from dataflex.model import check_vocabulary, compute_dtype, device, load_tokenizer
 from dataflex.progress import SILENT, Progress
 from dataflex.provenance import RunRecord, Stopwatch
 from dataflex.selectors import Situation, make_selector
@@ -36,6 +37,8 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
     """
     require(config, "dynamic", "model_name_or_path", "dataset", "eval_dataset", "output_dir")
     check_run_folder(config)
+    if not config.is_exact:
+        check_projector(config.projector, config.proj_dim, device())
     schedule = dynamic_schedule(config)
     processes.join(config.ddp_timeout, config.deepspeed is not None)
     watch = Stopwatch()
@@ -54,6 +57,9 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
         check_vocabulary(model, validation.examples, config.template)
         run = make_pass(model, compute_dtype(config), tokenizer.pad_token_id, config.token_budget)
     record = begin(config, came_from, progress)
+    if config.token_budget is None:  # a run taken up again cuts the batches it began with, whatever is free now
+        run = replace(run, token_budget=record.facts.get("token_budget", run.token_budget))
+        record.note(token_budget=run.token_budget)
     rounds = _Rounds(config, schedule, run, train, validation, record, progress, watch)
     rounds.recall(step_of(last_checkpoint(output_dir)))
     with watch.phase("training"):

@@ -57,14 +57,16 @@ def slurm_variables(nproc: int | None, environment: Mapping[str, str]) -> dict[s
     """torch's variables for a task of an `srun` that starts a task a process; empty where this is none.
 
     Only a job step of several tasks counts: a batch script and an interactive shell have SLURM's variables too. Where
-    a launcher is asked for (`nproc`, FORCE_TORCHRUN), the tasks are nodes, each with a launcher of its own.
+    a launcher is asked for (FORCE_TORCHRUN, NNODES, NPROC_PER_NODE, or `nproc`), the tasks are nodes, each with a
+    launcher of its own; `--nproc 1` makes each task a run of its own.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks == "1" or "RANK" in environment or "SLURM_PROCID" not in environment:
         return {}
-    if _forced(environment) or (nproc or 1) > 1:
+    if _forced(environment) or nproc is not None or {"NNODES", "NPROC_PER_NODE"} & environment.keys():
         return {}
-    bound = environment.get("CUDA_VISIBLE_DEVICES", "").isdigit()  # each task sees the GPU it is bound to, and no other
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    bound = visible != "" and "," not in visible  # the task sees the GPU it is bound to, and no other
     job = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
     found = {
         "RANK": environment["SLURM_PROCID"],

@@ -143,6 +143,7 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
         token_budget_for,
         training_memory,
     )
+    from dataflex.gradients.projection import check_projector
     from dataflex.lora import layout, lora_pairs
     from dataflex.model import add_lora, compute_dtype, device, load_model_config
 
@@ -161,20 +162,26 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
     if command == "grads" or (command == "dynamic" and not config.is_exact):
         per_row = dim * STORE_BYTES[config.store_dtype] + 17
         result.sizes["store_bytes"] = int(sum(rows.values()) * per_row)
+    if command in ("grads", "bench", "dynamic") and not config.is_exact:
+        check_projector(config.projector, config.proj_dim, device())
     shape = shape_of(architecture, base_parameters, adapter, compute_dtype(config).itemsize)
     if shape is None:
         result.unknown.append(f"peak memory: {architecture.model_type} does not say its layers' sizes")
         return
     peaks = []
+    longest = max((max(split.report.lengths, default=0) for split in splits.values()), default=0)
     if command != "warmup" and command != "train":
-        budget = config.token_budget or token_budget_for(shape, free_memory(device()), device().type)
+        free = max(0, free_memory(device()) - shape.base * shape.itemsize)  # once the model is there
+        budget = config.token_budget or token_budget_for(shape, free, device().type)
         result.sizes["token_budget"] = budget
-        peaks.append(gradient_memory(shape, budget))
+        peaks.append(gradient_memory(shape, max(budget, longest)))
+        if command == "bench":
+            peaks.append(training_memory(shape, max(budget, longest), checkpointing=False))
+    if command in ("grads", "bench", "dynamic") and splits:
         passes = len(result.schedule["selections"]) if command == "dynamic" else 1
         tokens = passes * sum(sum(split.report.lengths) for split in splits.values())
-        result.sizes["gradient_flops"] = gradient_flops(shape, tokens)
+        result.sizes["gradient_flops"] = gradient_flops(base_parameters, tokens)
     if command in TRAINS and splits:
-        longest = max(max(split.report.lengths) for split in splits.values())
         checkpointing = config.gradient_checkpointing and not config.disable_gradient_checkpointing
         peaks.append(training_memory(shape, config.per_device_train_batch_size * longest, checkpointing))
     if peaks:

@@ -9,6 +9,7 @@ proves nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -90,6 +91,33 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) ->
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Options of a `dynamic` run of seconds, with real rows: 3 steps, then twice 2 steps on selected rows."""
+    target = tmp_path_factory.mktemp("target") / "target.jsonl"
+    rows = json.loads((data_dir / "identity.json").read_text())[-4:]
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model_name_or_path": str(tiny_model_dir),
+        "dataset": "alpaca_en_demo",
+        "eval_dataset": str(target),
+        "dataset_dir": str(data_dir),
+        "template": "qwen",
+        "cutoff_len": 64,
+        "max_samples": 24,
+        "lora_rank": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 3e-3,
+        "num_train_epochs": 1.0,
+        "warmup_step": 3,
+        "update_step": 2,
+        "update_times": 2,
+        "logging_steps": 1,
+        "token_budget": 200,
+        "proj_dim": 512,
+    }
 
 
 @pytest.fixture(scope="session")

@@ -32,29 +32,14 @@ from dataflex.progress import Silent
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    target = tmp_path_factory.mktemp("faults") / "target.jsonl"
-    rows = json.loads((data_dir / "identity.json").read_text())[-4:]
-    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def settings(tiny_run: dict) -> dict:
     return {
-        "model_name_or_path": str(tiny_model_dir),
-        "dataset": "alpaca_en_demo",
-        "eval_dataset": str(target),
-        "dataset_dir": str(data_dir),
-        "template": "qwen",
-        "cutoff_len": 64,
+        **tiny_run,
         "max_samples": 64,
-        "lora_rank": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 3e-3,
-        "num_train_epochs": 1.0,
         "warmup_step": 2,
-        "update_step": 2,
         "update_times": 3,
-        "logging_steps": 1,
         "save_steps": 3,
-        "token_budget": 96,
-        "proj_dim": 512,
+        "token_budget": 96,  # many small batches
     }
 
 
@@ -122,6 +107,21 @@ def test_a_store_survives_thirty_kills(settings, checkpoint, whole, tmp_path):
     assert done == sorted(done)  # nothing that was committed is lost
     assert len(set(done)) > 3  # the kills fell into the work
     assert path.read_bytes() == whole.read_bytes()
+
+
+def test_a_budget_left_out_is_the_one_the_store_was_begun_with(settings, checkpoint, whole, tmp_path):
+    """Free memory may have changed: other batches would come to other bits."""
+    path = tmp_path / "g.h5"
+    shutil.copy(whole, path)
+    with h5py.File(path, "r+") as store:
+        lost = slice(7, 50)
+        for name in ("gradients", "norm", "loss", "done"):
+            store[name][lost] = 0
+    left_out = {key: value for key, value in settings.items() if key != "token_budget"}
+    grads(load_config(options={**left_out, "checkpoint": checkpoint, "output": str(path)}))
+    assert path.read_bytes() == whole.read_bytes()
+    with h5py.File(path) as store:
+        assert json.loads(store.attrs["manifest"])["token_budget"] == 96
 
 
 def outcome(folder: Path) -> tuple[dict, dict, list]:

@@ -22,24 +22,12 @@ from dataflex.training.moments import load_moments
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_model_dir: Path, data_dir: Path) -> dict:
+def settings(tiny_run: dict) -> dict:
     return {
-        "model_name_or_path": tiny_model_dir,
-        "dataset": "alpaca_en_demo",
+        **tiny_run,
         "eval_dataset": "identity",
-        "dataset_dir": data_dir,
-        "template": "qwen",
-        "cutoff_len": 64,
         "max_samples": 23,  # odd, so that the processes' shares are not equal
-        "lora_rank": 4,
         "learning_rate": 1e-3,
-        "num_train_epochs": 1.0,
-        "warmup_step": 3,
-        "update_step": 2,
-        "update_times": 2,
-        "logging_steps": 1,
-        "token_budget": 200,
-        "proj_dim": 512,
         "disable_gradient_checkpointing": True,
     }
 
@@ -247,12 +235,15 @@ def test_which_slurm_tasks_are_processes():
     assert 20000 <= port < 30000
     assert slurm_variables(None, {**STEP, "SLURM_PROCID": "0"})["MASTER_PORT"] == str(port)
     assert slurm_variables(None, {**STEP, "CUDA_VISIBLE_DEVICES": "5"})["LOCAL_RANK"] == "0"
+    assert slurm_variables(None, {**STEP, "CUDA_VISIBLE_DEVICES": "MIG-8a1f"})["LOCAL_RANK"] == "0"
     assert slurm_variables(None, {**STEP, "CUDA_VISIBLE_DEVICES": "4,5"})["LOCAL_RANK"] == "1"
     assert slurm_variables(None, {**STEP, "MASTER_PORT": "1234"})["MASTER_PORT"] == "1234"
     # torch's own launcher, a node a task, a batch script, an interactive shell
     assert slurm_variables(None, {**STEP, "RANK": "0"}) == {}
     assert slurm_variables(None, {**STEP, "FORCE_TORCHRUN": "1"}) == {}
     assert slurm_variables(8, STEP) == {}
+    assert slurm_variables(None, {**STEP, "NPROC_PER_NODE": "8"}) == {}
+    assert slurm_variables(1, STEP) == {}  # tasks that have nothing to do with each other
     assert slurm_variables(None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}) == {}
     assert slurm_variables(None, {**STEP, "SLURM_STEP_NUM_TASKS": "1"}) == {}
 

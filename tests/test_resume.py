@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from dataflex import dynamic, load_config, train
 from dataflex.errors import UsageError
+from dataflex.gradients import passes
 
 
 class Stopped(Exception):
@@ -51,32 +53,15 @@ class _Task:
 
 
 @pytest.fixture
-def options(tiny_model_dir: Path, data_dir: Path, tmp_path: Path) -> dict:
-    target = tmp_path / "target.jsonl"
-    rows = json.loads((data_dir / "identity.json").read_text())[-4:]
-    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def options(tiny_run: dict, tmp_path: Path) -> dict:
+    target = shutil.copy(tiny_run["eval_dataset"], tmp_path / "target.jsonl")  # a test may change it
     return {
-        "model_name_or_path": str(tiny_model_dir),
-        "dataset": "alpaca_en_demo",
+        **tiny_run,
         "eval_dataset": str(target),
-        "dataset_dir": str(data_dir),
-        "template": "qwen",
-        "cutoff_len": 64,
-        "max_samples": 24,
-        "lora_rank": 4,
         "lora_dropout": 0.1,  # so that the random state must be right, too
         "output_dir": str(tmp_path / "out"),
-        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "learning_rate": 3e-3,
-        "num_train_epochs": 1.0,
-        "warmup_step": 3,
-        "update_step": 2,
-        "update_times": 2,
-        "logging_steps": 1,
         "save_steps": 100,
-        "token_budget": 200,
-        "proj_dim": 512,
     }
 
 
@@ -130,6 +115,22 @@ def test_a_selection_goes_on_from_its_committed_rows(options):
     dynamic(load_config(options={**settings, "overwrite": True}), again)
     # without the batches committed before it stopped, which are reported at once
     assert batches_of_two_selections == (10**6 - again.left) - 3 + 1
+
+
+def test_the_batches_stay_those_of_the_first_start(options, monkeypatch):
+    """Free memory is not what it was; the token budget that followed from it is."""
+    left_out = {key: value for key, value in options.items() if key != "token_budget"}
+    config = load_config(options={**left_out, "proj_dim": None})
+    monkeypatch.setattr(passes, "free_memory", lambda place: 2**40)
+    with pytest.raises(Stopped):
+        dynamic(config, StopsAt("train gradients", 1))
+    assert json.loads((Path(config.output_dir) / "run.json").read_text())["token_budget"] == 2048
+    monkeypatch.setattr(passes, "free_memory", lambda place: 2**20)
+    budgets = []
+    cut = passes.token_batches
+    monkeypatch.setattr(passes, "token_batches", lambda lengths, budget: budgets.append(budget) or cut(lengths, budget))
+    dynamic(config)
+    assert set(budgets) == {2048}
 
 
 def test_a_finished_run_says_so_and_does_nothing(options):

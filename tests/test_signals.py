@@ -26,31 +26,8 @@ from dataflex.progress import Interrupted
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_model_dir: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    target = tmp_path_factory.mktemp("signals") / "target.jsonl"
-    rows = json.loads((data_dir / "identity.json").read_text())[-4:]
-    target.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "model_name_or_path": str(tiny_model_dir),
-        "dataset": "alpaca_en_demo",
-        "eval_dataset": str(target),
-        "dataset_dir": str(data_dir),
-        "template": "qwen",
-        "cutoff_len": 64,
-        "max_samples": 24,
-        "lora_rank": 4,
-        "lora_dropout": 0.1,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 3e-3,
-        "num_train_epochs": 1.0,
-        "warmup_step": 3,
-        "update_step": 2,
-        "update_times": 2,
-        "logging_steps": 1,
-        "token_budget": 100,
-        "proj_dim": 512,
-    }
+def settings(tiny_run: dict) -> dict:
+    return {**tiny_run, "lora_dropout": 0.1, "gradient_accumulation_steps": 2, "token_budget": 100}
 
 
 @pytest.fixture(scope="module")

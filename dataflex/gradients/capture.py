@@ -103,9 +103,17 @@ def row_gradients(
 
 
 def can_fuse(pair: LoraPair) -> bool:
-    """True for a pair on a plain linear layer whose weight is here: not quantized, not shared out by ZeRO-3."""
+    """True for a pair on a plain linear layer whose weight is here, not quantized and not shared out by ZeRO-3, and
+    whose code nobody has changed or watches."""
     base = pair.module.get_base_layer()
-    return type(base) is nn.Linear and not hasattr(base.weight, "ds_id") and "forward" not in vars(pair.module)
+    return (
+        type(base) is nn.Linear
+        and type(base.weight) is nn.Parameter
+        and not hasattr(base.weight, "ds_id")
+        and not any("forward" in vars(module) for module in (pair.module, base))
+        and not base._forward_hooks
+        and not base._forward_pre_hooks
+    )
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ def collect(
     learning_rate = moments.learning_rate if moments else config.learning_rate
     manifest = describe(config, run, split, split_name, moments, step, learning_rate)
     direction = make_direction(manifest["gradient_type"], config.adam_formula, moments, run.slots)
+    projector = make_projector(config.projector, run.parameters, manifest["proj_dim"], config.proj_seed, run.device)
     if processes.rank() == 0:
         _prepare_store(path, manifest, split, config.overwrite, cache)
     processes.barrier()
@@ -94,7 +95,7 @@ def collect(
         split.examples,
         batches,
         direction,
-        make_projector(config.projector, run.parameters, manifest["proj_dim"], config.proj_seed, run.device),
+        projector,
         progress,
         f"{split_name} gradients",
         done=len(split.examples) - sum(map(len, batches)),

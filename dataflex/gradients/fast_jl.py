@@ -44,8 +44,9 @@ class FastJl:
             for first in range(0, len(piece), 32):
                 rows = slice(first, first + 32)
                 image = self._project(piece[rows], seed)
-                if not self.checked and piece[rows].any():
-                    check_projection(piece[rows], image)
+                sound = piece[rows].isfinite().all(dim=1) & piece[rows].any(dim=1)  # a bad row is told of later
+                if not self.checked and sound.any():
+                    check_projection(piece[rows][sound], image[sound])
                     self.checked = True
                 out[rows] += image
 
@@ -71,19 +72,19 @@ def check_projection(values: torch.Tensor, image: torch.Tensor) -> None:
         )
 
 
-def make_fast_jl(dim: int, seed: int, device: torch.device | str) -> FastJl:
-    """The projector on this machine.
-
-    Raises:
-        UsageError: without CUDA, without the package, or for a width its kernels do not have.
-    """
-    place = torch.device(device)
+def check_fast_jl(dim: int, place: torch.device) -> None:
+    """Raise a UsageError without CUDA, without the package, or for a width its kernels do not have."""
     if place.type != "cuda":
         raise UsageError("projector fast_jl runs on a CUDA GPU, and there is none; use projector=sketch")
     if find_spec("fast_jl") is None:
         raise UsageError("projector fast_jl needs its package: pip install fast_jl, or use projector=sketch")
     if dim % DIM_MULTIPLE:
         raise UsageError(f"projector fast_jl: proj_dim is {dim}; its kernels take multiples of {DIM_MULTIPLE}")
+
+
+def make_fast_jl(dim: int, seed: int, place: torch.device) -> FastJl:
+    """The projector on this machine; errors as `check_fast_jl` has them."""
+    check_fast_jl(dim, place)
     import fast_jl
 
     return FastJl(fast_jl, dim, seed, torch.cuda.get_device_properties(place).multi_processor_count)

@@ -50,9 +50,8 @@ def row_losses(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, 
         logits = model(input_ids=input_ids, use_cache=False).logits[supervised]
         losses = functional.cross_entropy(logits.float(), wanted, reduction="none")
     tokens = supervised.sum(dim=1)
-    rows = supervised.nonzero()[:, 0]
-    total = torch.zeros(len(labels), device=losses.device).index_add(0, rows, losses)
-    return RowLosses(total / tokens, tokens)
+    by_row = torch.zeros(supervised.shape, device=losses.device).masked_scatter(supervised, losses)  # [rows, T]
+    return RowLosses(by_row.sum(dim=1) / tokens, tokens)
 
 
 def has_plain_head(model: nn.Module, device: torch.device) -> bool:
@@ -115,4 +114,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[:, None].to(gradient.dtype), None, None, None
+        return (gradient * upstream[:, None]).to(gradient.dtype), None, None, None

@@ -23,7 +23,14 @@ LIBRARIES = ("dataflex", "torch", "transformers", "peft", "h5py")
 
 # Two stores can be compared only if their rows are images under one map, taken at one set of parameters.
 PROJECTION_KEYS = (
-    *("base_model", "adapter", "dtype", "projector", "projector_device", "proj_dim", "proj_seed", "parameters"),
+    "base_model",
+    "adapter",
+    "dtype",
+    "projector",
+    "projector_device",
+    "proj_dim",
+    "proj_seed",
+    "parameters",
 )
 
 

@@ -136,7 +136,7 @@ def project_rows(
         DataflexError: naming the row whose direction is not finite or all zero, unless such are skipped.
     """
     values = [(a.to(run.device), b.to(run.device)) for a, b in adapter_values(run.pairs)]
-    too_large = math.inf
+    too_large, losses, seen = math.inf, 0.0, 0
     with progress.task(description, done + sum(len(batch) for batch in batches), "rows") as task:
         if done:
             task.advance(done)
@@ -156,8 +156,8 @@ def project_rows(
                 vectors, loss = torch.zeros(0, projector.dim), torch.zeros(0)
             yield Projected(batch or [], vectors, loss)
             together = batches[turn * processes.size() : (turn + 1) * processes.size()]
-            shown = {"loss": loss.mean().item()} if rows else {}
-            processes.advance(task, sum(len(batch) for batch in together), **shown)
+            losses, seen = losses + loss.nansum().item(), seen + len(rows)
+            processes.advance(task, sum(len(batch) for batch in together), loss=losses / max(1, seen))
 
 
 def _project_what_fits(
@@ -202,7 +202,8 @@ def _project_what_fits(
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
 def _project_batch(

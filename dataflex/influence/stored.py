@@ -28,16 +28,21 @@ def stored_cosines(
     store no more than some rows a thread are in memory.
     """
     names, queries = _means_of(validation)
+    _require_finite(validation, queries)
     cosines = np.empty((len(names), len(train)), dtype=np.float32)
     starts = range(0, len(train), STRIPE_ROWS)
     with progress.task("scoring", len(train), "rows") as task, _one_thread_a_worker() as pool:
         for start, part in zip(starts, pool.map(lambda start: _stripe(train, queries, start), starts), strict=True):
             cosines[:, start : start + part.shape[1]] = part
             task.advance(part.shape[1])
-    if not np.isfinite(cosines).all():
-        raise UsageError(f"gradient store {train.path}: damaged, it holds numbers that are not finite")
+    _require_finite(train, cosines)
     cosines[:, train.bad] = np.nan
     return names, cosines
+
+
+def _require_finite(store: GradientStore, made_of_it: np.ndarray) -> None:
+    if not np.isfinite(made_of_it).all():
+        raise UsageError(f"gradient store {store.path}: damaged, it holds numbers that are not finite")
 
 
 @contextlib.contextmanager

@@ -66,17 +66,15 @@ def no_code_from_disk(deepspeed: bool) -> Iterator[None]:
         from deepspeed.utils.tensor_fragment import fragment_address
 
         records = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    former = os.environ.get(name)
-    os.environ[name] = "1"
+    names = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # torch refuses to have both
+    former = {name: os.environ.pop(name, None) for name in names}
+    os.environ[names[0]] = "1"
     try:
         with torch.serialization.safe_globals(records):
             yield
     finally:
-        if former is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = former
+        del os.environ[names[0]]
+        os.environ.update({name: value for name, value in former.items() if value is not None})
 
 
 def step_of(checkpoint: Path | None) -> int:

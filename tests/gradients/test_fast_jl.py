@@ -68,11 +68,19 @@ def test_kernels_that_do_not_project_are_found_out(spoil, words):
         project(FastJl(kernels(spoil), DIM, 7, 108), vectors, 1000)
 
 
+def test_a_bad_row_is_not_blamed_on_the_kernels():
+    vectors = torch.randn(4, 2000)
+    vectors[1] = float("nan")
+    vectors[2] = 0
+    image = project(FastJl(kernels(), DIM, 7, 108), vectors, 1000)
+    assert image.isnan().all(dim=1).tolist() == [False, True, False, False]
+
+
 def test_what_is_missing_is_said(monkeypatch):
     with pytest.raises(UsageError, match="CUDA GPU, and there is none"):
-        make_fast_jl(DIM, 1, "cpu")
+        make_fast_jl(DIM, 1, torch.device("cpu"))
     with pytest.raises(UsageError, match="pip install fast_jl"):
-        make_fast_jl(DIM, 1, "cuda")
+        make_fast_jl(DIM, 1, torch.device("cuda"))
     monkeypatch.setattr(fast_jl, "find_spec", lambda name: True)
     with pytest.raises(UsageError, match="proj_dim is 700; its kernels take multiples of 512"):
-        make_fast_jl(700, 1, "cuda")
+        make_fast_jl(700, 1, torch.device("cuda"))

@@ -7,6 +7,7 @@ drifts. Training is the plain thing: forward, backward and a step of AdamW over 
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,8 +40,9 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
 
     Returns:
         device, dtype; `train` and `grads` with tokens_per_s, `grads` also with seconds by part and flops_per_s;
-        `ratio`, grads over train; `peak_memory_bytes` of both; `sample` and `dataset` with their rows and tokens, and
-        the seconds a gradient pass over the whole dataset would take.
+        `matmul_flops_per_s`, what a large matrix product reaches here; `ratio`, grads over train; `peak_memory_bytes`
+        of both; `sample` and `dataset` with their rows and tokens, and the seconds a gradient pass over the whole
+        dataset would take.
     """
     require(config, "bench", "model_name_or_path", "dataset")
     tokenizer = load_tokenizer(config)
@@ -81,6 +83,7 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "train": {"tokens_per_s": tokens / train},
         "grads": {"tokens_per_s": tokens / grads, "seconds": parts, "flops_per_s": flops / grads},
+        "matmul_flops_per_s": matmul_speed(run.device, dtype),
         "ratio": train / grads,
         "peak_memory_bytes": peaks,
         "sample": {"rows": sum(len(batch) for batch in rows), "tokens": tokens, "batches": len(rows)},
@@ -95,6 +98,18 @@ def _budget_for_both(run: Pass, base_parameters: int) -> int:
     while shape and budget > FEWEST_TOKENS and training_memory(shape, budget, False) - shape.standing_bytes > free:
         budget //= 2
     return budget
+
+
+def matmul_speed(place: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of one large matrix product, the best of some: what the gradients' share is taken of."""
+    size = 8192 if place.type == "cuda" else 2048
+    left, right = (torch.ones(size, size, device=place, dtype=dtype) for _ in range(2))
+    clock, best = _Clock(place), math.inf
+    for _ in range(8):
+        started = clock.now()
+        left @ right
+        best = min(best, clock.now() - started)
+    return 2 * size**3 / best
 
 
 def sample(batches: Sequence[list[int]]) -> list[list[int]]:
@@ -112,11 +127,11 @@ class _Clock:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        started = self._now()
+        started = self.now()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
+        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - started
 
-    def _now(self) -> float:
+    def now(self) -> float:
         if self.cuda:
             torch.cuda.synchronize()
         return time.perf_counter()

@@ -26,6 +26,7 @@ def test_the_figures(tiny_model_dir, data_dir, changes):
     assert all(seconds > 0 for seconds in found["grads"]["seconds"].values())
     spent = sum(found["grads"]["seconds"].values())
     assert found["sample"]["tokens"] / spent == pytest.approx(found["grads"]["tokens_per_s"])
+    assert found["matmul_flops_per_s"] > found["grads"]["flops_per_s"] > 0
     assert found["dataset"]["rows"] == 91
     assert found["sample"]["batches"] == 4
     assert min(found["peak_memory_bytes"].values()) > 10**8

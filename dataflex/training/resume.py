@@ -58,7 +58,7 @@ def check_resume(wish: bool | str | None, output_dir: Path) -> None:
 @contextlib.contextmanager
 def no_code_from_disk(deepspeed: bool) -> Iterator[None]:
     """While the block runs, `torch.load` reads tensors and plain values, whatever its caller asks for: a pickle that
-    names anything else is refused. DeepSpeed asks for more; its checkpoints hold three records of its own beside."""
+    names anything else is refused. DeepSpeed asks for more; its checkpoints hold a few records of its own beside."""
     records: list[type] = []
     if deepspeed:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

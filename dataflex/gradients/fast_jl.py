@@ -11,51 +11,70 @@ from torch.nn import functional
 from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients.projection import counter_hash
 
-MOST_COLUMNS = 1 << 25  # the kernel counts the numbers of a call, 32 rows of them, in 32 bits
+# its build imports torch, and asks for compute capability 7.0, which CUDA 13 no longer compiles
+INSTALL = "pip install --no-build-isolation fast_jl"
 DIM_MULTIPLE = 512
+TILE = 4096  # parameters that take their signs from one run of the kernel's generators
+RUN_IN = 768  # zeros before them: a generator's first draws are nearly the same in every column of the matrix
+MOST_PARAMETERS = 1 << 18  # of a call, which holds an image of each tile; the kernel's own limit is 2³² numbers
+LARGEST_EXPONENT = 14  # the kernel computes with float16, which holds 2⁻²⁴ to 2¹⁶: each row is scaled to below 2¹⁴
 
 
 class FastJl:
     """Dense random signs over √k, made inside the kernel: unbiased, with variance about ‖x‖²‖y‖²/k.
 
-    Costs rows × n × k multiplications, and no memory for the signs. They depend on the number of the GPU's
-    multiprocessors and on how the parameters are cut, so only stores made on one kind of GPU can be compared; `sketch`
-    and `rademacher` are the same everywhere.
+    Costs rows × n × k multiplications and a fifth more for the run-in, and no memory for the signs. They depend on
+    how the parameters are cut, so they are neither those of `rademacher` nor LESS's own.
+
+    The kernel seeds a generator for every column and tile by adding multiples of two constants to `seed`. Such seeds
+    are too alike for its generator, XORWOW: over the first 256 parameters of a tile the columns agree so far that
+    the variance is 3 to 130 times as large, and a tensor of an adapter has few more than that in each of as many
+    tiles as a GPU has multiprocessors. So tiles are few, and their first parameters are zeros.
 
     The first rows are looked at: a kernel built for another GPU gives zeros, or nonsense, without an error.
 
     Args:
         package: the module `fast_jl`.
-        multiprocessors: of the GPU.
     """
 
-    def __init__(self, package: Any, dim: int, seed: int, multiprocessors: int) -> None:
+    def __init__(self, package: Any, dim: int, seed: int) -> None:
         self.package = package
         self.dim = dim
         self.seed = seed
-        self.multiprocessors = multiprocessors
         self.checked = False
 
     def add(self, out: torch.Tensor, offset: int, values: torch.Tensor) -> None:
-        for start in range(0, values.shape[1], MOST_COLUMNS):
-            piece = values[:, start : start + MOST_COLUMNS]
-            # every call draws the same signs for its first column, so every piece has a seed of its own
+        for start in range(0, values.shape[1], MOST_PARAMETERS):
+            piece = values[:, start : start + MOST_PARAMETERS]
+            # every call draws the same signs for its first parameter, so every piece has a seed of its own
             seed = int(counter_hash(self.seed, 3, torch.tensor([offset + start]))) >> 1
             for first in range(0, len(piece), 32):
                 rows = slice(first, first + 32)
                 image = self._project(piece[rows], seed)
-                sound = piece[rows].isfinite().all(dim=1) & piece[rows].any(dim=1)  # a bad row is told of later
-                if not self.checked and sound.any():
-                    check_projection(piece[rows][sound], image[sound])
-                    self.checked = True
+                self._check(piece[rows], image)
                 out[rows] += image
 
     def _project(self, values: torch.Tensor, seed: int) -> torch.Tensor:
-        """At most 32 rows; the kernels take 8, 16 or 32 of them."""
-        width = next(width for width in (8, 16, 32) if width >= len(values))
-        padded = functional.pad(values.float(), (0, 0, 0, width - len(values))).contiguous()
-        kernel = getattr(self.package, f"project_rademacher_{width}")
-        return kernel(padded, self.dim, seed, self.multiprocessors)[: len(values)] / self.dim**0.5
+        """At most 32 rows of at most MOST_PARAMETERS; the kernels take 8, 16 or 32 of them."""
+        rows, parameters = values.shape
+        width = next(width for width in (8, 16, 32) if width >= rows)
+        tiles = -(-parameters // TILE)
+        length = -(-parameters // tiles)
+        exponent = torch.frexp(values.abs().amax(dim=1, keepdim=True)).exponent
+        shift = (LARGEST_EXPONENT - exponent).clamp(-126, 126)
+        scaled = torch.ldexp(values, shift).half()
+        padded = functional.pad(scaled, (0, tiles * length - parameters, 0, width - rows)).view(width, tiles, length)
+        padded = functional.pad(padded, (RUN_IN, 0)).flatten(1)
+        image = getattr(self.package, f"project_rademacher_{width}")(padded, self.dim, seed, tiles)[:rows]
+        return torch.ldexp(image / self.dim**0.5, -shift)
+
+    def _check(self, values: torch.Tensor, image: torch.Tensor) -> None:
+        if self.checked:
+            return
+        sound = values.isfinite().all(dim=1) & values.any(dim=1)  # a bad row is told of later
+        if sound.any():
+            check_projection(values[sound], image[sound])
+            self.checked = True
 
 
 def check_projection(values: torch.Tensor, image: torch.Tensor) -> None:
@@ -68,7 +87,7 @@ def check_projection(values: torch.Tensor, image: torch.Tensor) -> None:
         what = "all zeros" if not image.any() else "inner products that are not the gradients'"
         raise DataflexError(
             f"projector fast_jl gives {what}: its kernels do not fit this GPU. Build it anew "
-            "(pip install --force-reinstall --no-cache-dir --no-binary :all: fast_jl), or use projector=sketch"
+            f"({INSTALL} --force-reinstall --no-deps --no-cache-dir), or use projector=sketch"
         )
 
 
@@ -77,7 +96,10 @@ def check_fast_jl(dim: int, place: torch.device) -> None:
     if place.type != "cuda":
         raise UsageError("projector fast_jl runs on a CUDA GPU, and there is none; use projector=sketch")
     if find_spec("fast_jl") is None:
-        raise UsageError("projector fast_jl needs its package: pip install fast_jl, or use projector=sketch")
+        raise UsageError(
+            f"projector fast_jl needs its package, built with CUDA 12 beside a torch for CUDA 12: {INSTALL}; "
+            "or use projector=sketch"
+        )
     if dim % DIM_MULTIPLE:
         raise UsageError(f"projector fast_jl: proj_dim is {dim}; its kernels take multiples of {DIM_MULTIPLE}")
 
@@ -87,4 +109,4 @@ def make_fast_jl(dim: int, seed: int, place: torch.device) -> FastJl:
     check_fast_jl(dim, place)
     import fast_jl
 
-    return FastJl(fast_jl, dim, seed, torch.cuda.get_device_properties(place).multi_processor_count)
+    return FastJl(fast_jl, dim, seed)

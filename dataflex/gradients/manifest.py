@@ -64,7 +64,7 @@ def describe(
         "adam_formula": config.adam_formula if gradient_type == "adam" else None,
         "moments": _digest_moments(moments) if gradient_type == "adam" and moments is not None else None,
         "projector": config.projector,
-        # the signs of fast_jl depend on the GPU; those of the others on nothing but the seed
+        # fast_jl's kernels are built for one kind of GPU; the others' signs depend on nothing but the seed
         "projector_device": device_name() if config.projector == "fast_jl" else None,
         "proj_dim": run.parameters if config.projector == "none" else config.proj_dim,
         "proj_seed": config.proj_seed,

@@ -7,7 +7,6 @@ drifts. Training is the plain thing: forward, backward and a step of AdamW over 
 from __future__ import annotations
 
 import contextlib
-import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,14 @@ import numpy as np
 import torch
 
 from dataflex.config import RunConfig, require
-from dataflex.cost import FEWEST_TOKENS, free_memory, gradient_flops, shape_of, training_memory
+from dataflex.cost import (
+    FEWEST_TOKENS,
+    free_memory,
+    gradient_flops,
+    multiplied_weights,
+    shape_of,
+    training_memory,
+)
 from dataflex.data.batches import collate
 from dataflex.data.examples import Example, load_split
 from dataflex.gradients.direction import make_direction
@@ -50,7 +56,7 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     dtype = compute_dtype(config)
     base = load_base_model(config, dtype)
     check_vocabulary(base, split.examples, config.template)
-    base_parameters = base.num_parameters()
+    base_parameters, weights = base.num_parameters(), multiplied_weights(base)
     run = make_pass(on_device(add_lora(base, config)), dtype, tokenizer.pad_token_id, config.token_budget)
     if config.token_budget is None:
         run = replace(run, token_budget=_budget_for_both(run, base_parameters))
@@ -58,11 +64,11 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
 
     optimizer = torch.optim.AdamW([slot.parameter for slot in run.slots], lr=config.learning_rate)
     rows = [[split.examples[index] for index in batch] for batch in batches]
-    _train_step(run, rows[-1], optimizer)  # both sides once, uncounted
+    _train_step(run, rows[0], optimizer)  # both sides once, uncounted
     clock = _Clock(run.device)
     with tempfile.TemporaryDirectory() as folder, _collector(config, run, optimizer, clock, Path(folder)) as collect:
-        collect(rows[-1])
-        clock.seconds.clear()
+        collect(rows[0])
+        clock.spans.clear()
         peaks = {"train": 0, "grads": 0}
         with progress.task("bench", 2 * len(rows), "batches") as task:
             for batch in rows:
@@ -73,11 +79,12 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
                     collect(batch)
                 task.advance(1)
     tokens = sum(len(example.input_ids) for batch in rows for example in batch)
+    supervised = sum(label != -100 for batch in rows for example in batch for label in example.labels[1:])
     total = sum(split.report.lengths)
-    seconds = dict(clock.seconds)
+    seconds = {name: sum(lengths) for name, lengths in clock.seconds().items()}
     train, grads = seconds.pop("train"), seconds.pop("grads")
     parts = {"model": grads - sum(seconds.values()), **seconds}
-    flops = gradient_flops(base_parameters, tokens)
+    flops = gradient_flops(*weights, run.parameters, tokens, supervised)
     return {
         "device": device_name(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -103,13 +110,12 @@ def _budget_for_both(run: Pass, base_parameters: int) -> int:
 def matmul_speed(place: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of one large matrix product, the best of some: what the gradients' share is taken of."""
     size = 8192 if place.type == "cuda" else 2048
-    left, right = (torch.ones(size, size, device=place, dtype=dtype) for _ in range(2))
-    clock, best = _Clock(place), math.inf
+    left, right = (torch.randn(size, size, device=place).to(dtype) for _ in range(2))
+    clock = _Clock(place)
     for _ in range(8):
-        started = clock.now()
-        left @ right
-        best = min(best, clock.now() - started)
-    return 2 * size**3 / best
+        with clock.part("product"):
+            left @ right
+    return 2 * size**3 / min(clock.seconds()["product"])
 
 
 def sample(batches: Sequence[list[int]]) -> list[list[int]]:
@@ -119,22 +125,35 @@ def sample(batches: Sequence[list[int]]) -> list[list[int]]:
 
 
 class _Clock:
-    """Seconds by part; waits for the GPU, so that work is counted where it is ordered."""
+    """Seconds by part. Of a GPU, those between two marks in its queue: it is not waited for, so that timing a part
+    does not slow the whole."""
 
     def __init__(self, place: torch.device) -> None:
-        self.seconds: dict[str, float] = {}
         self.cuda = place.type == "cuda"
+        self.spans: list[tuple[str, Any, Any]] = []
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        started = self.now()
+        started = self._mark()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - started
+        self.spans.append((name, started, self._mark()))
 
-    def now(self) -> float:
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self) -> dict[str, list[float]]:
+        """How long each part took, every time it ran."""
         if self.cuda:
             torch.cuda.synchronize()
-        return time.perf_counter()
+        lengths: dict[str, list[float]] = {}
+        for name, start, end in self.spans:
+            length = start.elapsed_time(end) / 1000 if self.cuda else end - start
+            lengths.setdefault(name, []).append(length)
+        return lengths
 
 
 def _train_step(run: Pass, rows: list[Example], optimizer: torch.optim.Optimizer) -> None:
@@ -171,6 +190,7 @@ def _collector(
             for done in project_rows(run, rows, [list(range(len(rows)))], timed_direction, timed):
                 with clock.part("write"):
                     writer.write(done.indices, done.vectors.cpu().numpy(), done.loss.cpu().numpy())
+                    writer.flush()  # or training would pay for it
 
         yield collect
 

@@ -64,9 +64,24 @@ def training_memory(shape: Shape, tokens: int, checkpointing: bool) -> int:
     return shape.standing_bytes + kept + 3 * 4 * tokens * shape.vocabulary
 
 
-def gradient_flops(base_parameters: int, tokens: int) -> int:
-    """Multiplications and additions of a gradient pass, attention apart: two a weight and token in each direction."""
-    return 4 * base_parameters * tokens
+def multiplied_weights(base: Any) -> tuple[int, int]:
+    """Of a causal language model without adapters: weights that every token is multiplied with, and those of the
+    output head, which only supervised tokens are. Looking a token up in the embedding multiplies nothing."""
+    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    tables = embedding.numel() + (0 if head is embedding else head.numel())
+    return base.num_parameters() - tables, head.numel()
+
+
+def gradient_flops(body: int, head: int, adapter: int, tokens: int, supervised: int) -> int:
+    """Multiplications and additions of a gradient pass, attention and projection apart: two for each weight and token
+    in each direction, and two more for an adapter's, whose gradients are taken.
+
+    Args:
+        body, head: what `multiplied_weights` says.
+        adapter: parameters of the LoRA pairs.
+        supervised: how many of the `tokens` have a loss.
+    """
+    return 4 * (body * tokens + head * supervised) + 6 * adapter * tokens
 
 
 def free_memory(place: torch.device) -> int:

@@ -139,6 +139,7 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
         free_memory,
         gradient_flops,
         gradient_memory,
+        multiplied_weights,
         shape_of,
         token_budget_for,
         training_memory,
@@ -154,7 +155,7 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
         return
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(architecture)
-        base_parameters = base.num_parameters()
+        base_parameters, weights = base.num_parameters(), multiplied_weights(base)
         adapter = sum(slot.size for slot in layout(lora_pairs(add_lora(base, config))))
     result.sizes = {"base_parameters": base_parameters, "adapter_parameters": adapter}
     dim = adapter if config.projector == "none" else config.proj_dim or 0
@@ -180,7 +181,8 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
     if command in ("grads", "bench", "dynamic") and splits:
         passes = len(result.schedule["selections"]) if command == "dynamic" else 1
         tokens = passes * sum(sum(split.report.lengths) for split in splits.values())
-        result.sizes["gradient_flops"] = gradient_flops(base_parameters, tokens)
+        supervised = passes * sum(split.report.supervised_tokens for split in splits.values())
+        result.sizes["gradient_flops"] = gradient_flops(*weights, adapter, tokens, supervised)
     if command in TRAINS and splits:
         checkpointing = config.gradient_checkpointing and not config.disable_gradient_checkpointing
         peaks.append(training_memory(shape, config.per_device_train_batch_size * longest, checkpointing))

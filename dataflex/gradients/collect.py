@@ -112,6 +112,7 @@ def collect(
                         bad += [split.examples[index] for index in np.array(indices)[~vectors.any(axis=1)]]
         except Interrupted as stop:
             if writer is not None:
+                writer.flush()
                 stop.add_note(f"{writer.done.sum()} of {len(writer.done)} rows are committed in {path}")
             raise
     if bad:

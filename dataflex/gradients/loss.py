@@ -34,23 +34,25 @@ def row_losses(model: nn.Module, input_ids: torch.Tensor, labels: torch.Tensor, 
             causal, so right padding needs no mask: no real token ever looks at it.
         plain_head: what `has_plain_head` says of the model; the logits are then made and used in chunks.
     """
-    targets = labels[:, 1:]
-    supervised = functional.pad(targets != -100, (0, 1))
-    wanted = targets[supervised[:, :-1]]
+    rows, length = labels.shape
+    targets = functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+    places = (targets != -100).nonzero()[:, 0]  # here a GPU is waited for: better before the forward pass than after
+    wanted = targets[places]
     head = model.get_output_embeddings()
     if plain_head:
         with _head_input(head, lambda hidden: hidden[:1, :1]) as seen:
             model(input_ids=input_ids, use_cache=False)
-        losses = _ChunkedCrossEntropy.apply(seen[0][supervised], head.weight, head.bias, wanted)
+        hidden = seen[0].flatten(0, 1).index_select(0, places)
+        losses = _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, wanted)
     elif type(head) is nn.Linear:
-        with _head_input(head, lambda hidden: hidden[supervised][None]):
+        with _head_input(head, lambda hidden: hidden.flatten(0, 1).index_select(0, places)[None]):
             logits = model(input_ids=input_ids, use_cache=False).logits[0]
         losses = functional.cross_entropy(logits.float(), wanted, reduction="none")
     else:  # an adapter on the head must see which token is whose
-        logits = model(input_ids=input_ids, use_cache=False).logits[supervised]
+        logits = model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1).index_select(0, places)
         losses = functional.cross_entropy(logits.float(), wanted, reduction="none")
-    tokens = supervised.sum(dim=1)
-    by_row = torch.zeros(supervised.shape, device=losses.device).masked_scatter(supervised, losses)  # [rows, T]
+    by_row = losses.new_zeros(rows * length).index_copy(0, places, losses).view(rows, length)
+    tokens = (targets != -100).view(rows, length).sum(dim=1)
     return RowLosses(by_row.sum(dim=1) / tokens, tokens)
 
 

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -349,7 +350,11 @@ def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any) ->
 
 
 class StoreWriter:
-    """Writes rows of an existing store in place. One writing process per file: the second is refused."""
+    """Writes rows of an existing store in place. One writing process per file: the second is refused.
+
+    A batch goes to disk while the next is computed: waiting for a disk takes milliseconds, on a network file system
+    far more, and a GPU would wait along.
+    """
 
     def __init__(self, path: Path) -> None:
         with GradientStore(path) as store:
@@ -366,7 +371,9 @@ class StoreWriter:
             self._handle = stack.enter_context(_opened_for_writing(path))
             _lock(self._handle, path)
             _check_room(path, self._bytes_to_come())
+            self._thread = stack.enter_context(ThreadPoolExecutor(max_workers=1))
             self._closing = stack.pop_all()
+        self._batch: Future[None] | None = None
 
     def _bytes_to_come(self) -> int:
         """What the rows that are not done will still take of the disk."""
@@ -375,7 +382,18 @@ class StoreWriter:
         return max(0, min(holes, int((~self.done).sum()) * sum(self._strides.values())))
 
     def write(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray) -> None:
-        """Commit rows: `vectors` [n, k] float32 (made unit here; zeros stay), `loss` [n]; on disk when this returns."""
+        """Begin to commit rows: `vectors` [n, k] float32 (made unit; zeros stay), `loss` [n]; not to be changed
+        afterwards. Waits for the batch before, and raises what that one met."""
+        self.flush()
+        self._batch = self._thread.submit(self._commit, indices, vectors, loss)
+
+    def flush(self) -> None:
+        """Wait until all rows that were given are on disk, and raise what the last batch met."""
+        batch, self._batch = self._batch, None
+        if batch is not None:
+            batch.result()
+
+    def _commit(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray) -> None:
         norms = np.linalg.norm(vectors, axis=1).astype(np.float32)
         lengths = norms[:, None]
         encoded = encode_rows(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0), self.dtype)
@@ -399,6 +417,7 @@ class StoreWriter:
 
     def close(self) -> None:
         with self._closing, disk_errors_of(f"gradient store {self.path}"):
+            self.flush()
             os.fsync(self._handle)
 
     def __enter__(self) -> StoreWriter:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from dataflex.errors import UsageError
+from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients.store import StoreWriter, create_store, decode_rows, encode_rows, open_store
 
 N, K = 7, 96
@@ -81,11 +84,50 @@ def test_rows_are_marked_done_one_commit_at_a_time_and_readable_meanwhile(tmp_pa
     path = made(tmp_path / "g.h5")
     with StoreWriter(path) as writer:
         writer.write([5, 1], vectors()[[5, 1]], np.ones(2))
+        writer.flush()
         with h5py.File(path) as file:  # plain h5py, while the writer is at work
             assert file["done"][:].tolist() == [0, 1, 0, 0, 0, 1, 0]
             assert np.abs(file["gradients"][1]).max() > 0
     with open_store(path) as store, pytest.raises(UsageError, match=r"5 of 7 rows are not done \(first: row 0\)"):
         store.require_whole()
+
+
+def test_a_batch_goes_to_disk_behind_the_caller_and_is_done_only_then(tmp_path, monkeypatch):
+    path, disk = made(tmp_path / "g.h5"), threading.Event()
+    to_disk = os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda handle: (disk.wait(), to_disk(handle)))
+    with StoreWriter(path) as writer:
+        writer.write([0], vectors()[:1], np.ones(1))
+        assert not writer.done.any()
+        with open_store(path) as store:
+            assert not store.done.any()
+        disk.set()
+        writer.write([3], vectors()[3:4], np.ones(1))
+        assert writer.done[0]
+    with open_store(path) as store:
+        assert store.done.tolist() == [1, 0, 0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("then", ["write", "flush", "close"])
+def test_what_the_disk_said_is_raised_by_the_next_call(tmp_path, monkeypatch, then):
+    path = made(tmp_path / "g.h5")
+    writer = StoreWriter(path)
+    writer.write([0], vectors()[:1], np.ones(1))
+    writer.flush()
+    monkeypatch.setattr(os, "fdatasync", full_disk)
+    writer.write([1], vectors()[1:2], np.ones(1))
+    calls = {"write": lambda: writer.write([2], vectors()[2:3], np.ones(1)), "flush": writer.flush}
+    with pytest.raises(DataflexError, match="1 of 7 rows are committed"):
+        calls.get(then, writer.close)()
+    if then != "close":
+        monkeypatch.undo()
+        writer.close()
+    with open_store(path) as store:
+        assert store.done.tolist() == [1, 0, 0, 0, 0, 0, 0]
+
+
+def full_disk(handle: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_second_writer_is_refused(tmp_path):

@@ -5,10 +5,10 @@ PY     := .venv/bin/python
 READY  := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test test-gpu lint bench clean
 
 help:  ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-7s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## build .venv, fetch the demo model and data
 	@$(PY) examples/fetch_assets.py --quiet
@@ -19,6 +19,9 @@ demo: setup  ## select and train on real data, on CPU or GPU
 
 test: setup  ## run the tests
 	$(PY) -m pytest -n 2 --dist loadfile
+
+test-gpu: setup  ## run the tests that need a GPU
+	TEST_GPU=1 $(PY) -m pytest tests/gpu
 
 lint: $(READY)  ## ruff: rules and format
 	$(PY) -m ruff check .

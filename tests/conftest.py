@@ -2,6 +2,7 @@
 
     make test                                        # sets up first
     .venv/bin/python -m pytest tests/test_assets.py  # one file, after `make setup`
+    make test-gpu                                    # what a GPU must show, where there is one
 
 Fixtures fail, not skip, where something that `make setup` makes is missing: a test that did not run
 proves nothing.
@@ -21,6 +22,11 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported; commands inherit it
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and a tiny model gains nothing from threads
+
+# The same tests everywhere: without a GPU, but for those that are about one.
+if not os.environ.get("TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+collect_ignore = [] if os.environ.get("TEST_GPU") else ["gpu"]
 
 # what tests encode stays out of the user's cache of encoded rows
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dataflex-tests-")

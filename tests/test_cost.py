@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from dataflex.cost import Shape, free_memory, gradient_memory, shape_of, token_budget_for, training_memory
+from dataflex.cost import (
+    Shape,
+    free_memory,
+    gradient_flops,
+    gradient_memory,
+    multiplied_weights,
+    shape_of,
+    token_budget_for,
+    training_memory,
+)
+from dataflex.gradients.capture import adapter_values, row_gradients, undisturbed
+from dataflex.gradients.passes import make_pass
 
 LLAMA_8B = Shape(8_030_000_000, 42_000_000, 32, 4096, 14336, vocabulary=128_256, itemsize=2)
 
@@ -43,3 +56,36 @@ def test_training_takes_more_than_gradients_do_and_checkpointing_less():
 
 def test_free_memory_is_what_the_machine_has_left():
     assert 2**28 < free_memory(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_arithmetic_is_what_torch_counts(tied):
+    """But for the first layer, below whose adapters nothing is computed."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 500}
+    config = LlamaConfig(**sizes, num_hidden_layers=8, tie_word_embeddings=tied)
+    base = LlamaForCausalLM(config)
+    weights = multiplied_weights(base)
+    assert weights[1] == 500 * 64
+    assert sum(weights) == base.num_parameters() - (0 if tied else 500 * 64)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
+    run = make_pass(model, torch.float32, 0, 1024)
+    labels = torch.randint(0, 500, (4, 32))
+    labels[:, :20] = -100
+    in_place = {torch.ops.aten.addmm_: lambda out, left, right, **rest: 2 * left[0] * left[1] * right[1]}
+    counted = FlopCounterMode(display=False, custom_mapping=in_place)
+    with undisturbed(model), counted:
+        values, taken = adapter_values(run.pairs), []
+        row_gradients(
+            model,
+            run.pairs,
+            run.slots,
+            values,
+            labels.clamp(0),
+            labels,
+            lambda slot, gradient: taken.append(slot),
+            plain_head=True,
+        )
+    assert len(taken) == len(run.slots)
+    products = {op: n for op, n in counted.get_flop_counts()["Global"].items() if "attention" not in str(op)}
+    wanted = gradient_flops(*weights, run.parameters, labels.numel(), 4 * 12)
+    assert sum(products.values()) == pytest.approx(wanted, rel=0.02)

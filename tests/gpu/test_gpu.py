@@ -1,4 +1,4 @@
-"""A GPU gives the processor's numbers. Not part of `make test`, which hides GPUs; run `make test-gpu` where there is one."""
+"""A GPU gives the processor's numbers. Run it by `make test-gpu`; `make test` hides GPUs."""
 
 from __future__ import annotations
 

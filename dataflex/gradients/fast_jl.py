@@ -47,12 +47,12 @@ class FastJl:
         for start in range(0, values.shape[1], MOST_PARAMETERS):
             piece = values[:, start : start + MOST_PARAMETERS]
             # every call draws the same signs for its first parameter, so every piece has a seed of its own
-            seed = int(counter_hash(self.seed, 3, torch.tensor([offset + start]))) >> 1
+            seed = counter_hash(self.seed, 3, offset + start) >> 1
             for first in range(0, len(piece), 32):
                 rows = slice(first, first + 32)
                 image = self._project(piece[rows], seed)
                 self._check(piece[rows], image)
-                out[rows] += image
+                out[rows].add_(image)
 
     def _project(self, values: torch.Tensor, seed: int) -> torch.Tensor:
         """At most 32 rows of at most MOST_PARAMETERS; the kernels take 8, 16 or 32 of them."""

@@ -6,12 +6,17 @@ every device, at every batch size and thread count, and no matrix is ever stored
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 MASK = 0xFFFFFFFF
-PIECE_NUMBERS = 1 << 21  # of the dense matrix at a time: 8 MiB of float32
+# Of the dense matrix at a time: 8 MiB of float32 stay near a processor's cache, 128 MiB keep a GPU busy.
+PIECE_NUMBERS = {"cpu": 1 << 21, "cuda": 1 << 25}
+# Where starting a kernel costs more than its work over one block of a sketch, whole blocks are added together.
+SLOW_TO_START = {"cuda"}
+FEWEST_BLOCKS = 4
+GATHERED_NUMBERS = 1 << 26  # at a time: 256 MiB of float32
 
 
 class Projector(Protocol):
@@ -27,17 +32,16 @@ class Projector(Protocol):
         """
 
 
-def hash32(values: torch.Tensor) -> torch.Tensor:
-    """MurmurHash3's 32-bit finalizer, on int64 tensors that hold values below 2³² (Appleby, public domain)."""
+def hash32(values: Any) -> Any:
+    """MurmurHash3's 32-bit finalizer, on an int or an int64 tensor below 2³² (Appleby, public domain)."""
     values = ((values ^ (values >> 16)) * 0x85EBCA6B) & MASK
     values = ((values ^ (values >> 13)) * 0xC2B2AE35) & MASK
     return values ^ (values >> 16)
 
 
-def counter_hash(seed: int, stream: int, counters: torch.Tensor) -> torch.Tensor:
-    """32 random bits for each counter (int64, below 2⁶³), independent by `seed` and `stream`."""
-    key = hash32(torch.tensor([seed & MASK], device=counters.device))
-    key = hash32(key ^ hash32(torch.tensor([(seed >> 32 & MASK) + 0x9E3779B9 + stream], device=counters.device) & MASK))
+def counter_hash(seed: int, stream: int, counters: Any) -> Any:
+    """32 random bits for each counter (an int, or an int64 tensor, below 2⁶³), independent by `seed` and `stream`."""
+    key = hash32(hash32(seed & MASK) ^ hash32((seed >> 32 & MASK) + 0x9E3779B9 + stream & MASK))
     high = hash32((counters >> 32) ^ key)
     return hash32((counters & MASK) ^ hash32(high + 0x632BE5AB & MASK))
 
@@ -57,19 +61,41 @@ class Sketch:
         for start in range(0, parameters, 1 << 20):
             counters = torch.arange(start, min(start + (1 << 20), parameters), device=device)
             self.signs[start : start + (1 << 20)] = 1 - 2 * (counter_hash(seed, 0, counters) & 1)
-        blocks = torch.arange(-(-parameters // dim))
-        self.shifts: list[int] = (counter_hash(seed, 1, blocks) * dim >> 32).tolist()
+        blocks = torch.arange(-(-parameters // dim), device=device)
+        self.shift = counter_hash(seed, 1, blocks) * dim >> 32
+        self.shifts: list[int] = self.shift.tolist()
 
     def add(self, out: torch.Tensor, offset: int, values: torch.Tensor) -> None:
         values.mul_(self.signs[offset : offset + values.shape[1]])
+        start, end = offset, offset + values.shape[1]
+        first, last = -(-start // self.dim), end // self.dim
+        if out.device.type in SLOW_TO_START and last - first >= FEWEST_BLOCKS:
+            inside = slice(first * self.dim - start, last * self.dim - start)
+            self._add_slices(out, start, values[:, : inside.start])
+            self._add_blocks(out, first, values[:, inside])
+            self._add_slices(out, last * self.dim, values[:, inside.stop :])
+        else:
+            self._add_slices(out, start, values)
+
+    def _add_slices(self, out: torch.Tensor, offset: int, values: torch.Tensor) -> None:
         start, end = offset, offset + values.shape[1]
         while start < end:
             block, place = divmod(start, self.dim)
             bucket = (place + self.shifts[block]) % self.dim
             # up to the end of the block, and without wrapping round the buckets
             length = min(end - start, self.dim - place, self.dim - bucket)
-            out[:, bucket : bucket + length] += values[:, start - offset : start - offset + length]
+            out[:, bucket : bucket + length].add_(values[:, start - offset : start - offset + length])
             start += length
+
+    def _add_blocks(self, out: torch.Tensor, first: int, values: torch.Tensor) -> None:
+        """The same for whole blocks, from number `first` on, in a few large steps."""
+        blocks = values.unflatten(1, (-1, self.dim))
+        some = max(1, GATHERED_NUMBERS // (max(16, len(values)) * self.dim))  # their buckets take memory too
+        bucket = torch.arange(self.dim, device=out.device)
+        for start in range(0, blocks.shape[1], some):
+            part = blocks[:, start : start + some]
+            shift = self.shift[first + start : first + start + part.shape[1], None]
+            out += part.gather(2, ((bucket - shift) % self.dim).expand_as(part)).sum(dim=1)
 
 
 class Rademacher:
@@ -83,7 +109,7 @@ class Rademacher:
         self.dim = dim
         self.seed = seed
         self.words = -(-dim // 32)  # one hash gives 32 signs
-        self.chunk = max(1, PIECE_NUMBERS // dim)
+        self.chunk = max(1, PIECE_NUMBERS[torch.device(device).type] // dim)
         self.bits = torch.arange(8, dtype=torch.uint8, device=device)
 
     def matrix(self, start: int, length: int) -> torch.Tensor:
@@ -121,7 +147,7 @@ class Queries:
 
     def add(self, out: torch.Tensor, offset: int, values: torch.Tensor) -> None:
         out[:, :-1].addmm_(values, self.vectors[:, offset : offset + values.shape[1]].T)
-        out[:, -1] += (values * values).sum(dim=1)
+        out[:, -1].add_((values * values).sum(dim=1))
 
 
 def check_projector(name: str, dim: int, device: torch.device) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import pytest
 import torch
 
+from dataflex.gradients import projection
 from dataflex.gradients.projection import Identity, Queries, Rademacher, Sketch, counter_hash, make_projector
 
 P, K = 5000, 256
@@ -70,6 +71,22 @@ def test_the_sketch_is_the_map_its_docstring_says():
     for j in range(P):
         wanted[(j + sketch.shifts[j // K]) % K] += sketch.signs[j] * vector[0, j]
     torch.testing.assert_close(project(sketch, vector, [999])[0], wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("numbers_at_once", [1, 3 * 2 * K, 1 << 26])
+@pytest.mark.parametrize("cuts", [[], [1, 100, 777, 4096], [K, 4 * K, 4 * K + 1]])
+def test_whole_blocks_together_are_the_same_sketch(cuts, numbers_at_once, monkeypatch):
+    vectors = numbers(3).round()  # whole numbers: the same in any order
+    sketch = Sketch(P, K, 5)
+    one_by_one = project(sketch, vectors, cuts)
+    monkeypatch.setattr(projection, "SLOW_TO_START", {"cpu"})
+    monkeypatch.setattr(projection, "GATHERED_NUMBERS", numbers_at_once)
+    together = []
+    monkeypatch.setattr(
+        sketch, "_add_blocks", lambda *args: (together.append(args[1]), Sketch._add_blocks(sketch, *args))
+    )
+    assert torch.equal(project(sketch, vectors, cuts), one_by_one)
+    assert together
 
 
 def test_rademacher_is_its_matrix():

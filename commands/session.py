@@ -117,7 +117,7 @@ def session(
             if config.trust_remote_code and config.model_name_or_path:
                 console.warning(f"trust_remote_code: the code that {config.model_name_or_path} brings is run")
             if not alone:
-                _start_processes(config, nproc)
+                _start_processes(config, nproc, console)
             yield Session(config, console)
             if "torch.distributed" in sys.modules:
                 from dataflex import processes
@@ -151,13 +151,15 @@ def session(
         raise typer.Exit(1) from None
 
 
-def _start_processes(config: RunConfig, nproc: int | None) -> None:
+def _start_processes(config: RunConfig, nproc: int | None, console: Console) -> None:
     """Start this command again in several processes and end with their exit code, where that is wanted."""
-    from dataflex.launch import launch, launch_arguments
+    from dataflex.launch import launch, launch_arguments, visible_gpus
 
     options = launch_arguments(config, nproc, os.environ)
     if options is not None:
         raise typer.Exit(launch(options, sys.argv[1:]))
+    if nproc is None and "RANK" not in os.environ and visible_gpus() > 1:
+        console.warning(f"{visible_gpus()} GPUs are there and one is used; --nproc {visible_gpus()} takes all of them")
 
 
 def _farewell(stop: Interrupted) -> str:

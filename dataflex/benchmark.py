@@ -72,9 +72,11 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
         peaks = {"train": 0, "grads": 0}
         with progress.task("bench", 2 * len(rows), "batches") as task:
             for batch in rows:
+                clock.settle()
                 with _peak_memory(run.device, peaks, "train"), clock.part("train"):
                     _train_step(run, batch, optimizer)
                 task.advance(1)
+                clock.settle()
                 with _peak_memory(run.device, peaks, "grads"), clock.part("grads"):
                     collect(batch)
                 task.advance(1)
@@ -145,10 +147,14 @@ class _Clock:
         event.record()
         return event
 
-    def seconds(self) -> dict[str, list[float]]:
-        """How long each part took, every time it ran."""
+    def settle(self) -> None:
+        """Wait for the GPU, so that the next part is not prepared while the last still runs."""
         if self.cuda:
             torch.cuda.synchronize()
+
+    def seconds(self) -> dict[str, list[float]]:
+        """How long each part took, every time it ran."""
+        self.settle()
         lengths: dict[str, list[float]] = {}
         for name, start, end in self.spans:
             length = start.elapsed_time(end) / 1000 if self.cuda else end - start
@@ -170,7 +176,7 @@ def _train_step(run: Pass, rows: list[Example], optimizer: torch.optim.Optimizer
 def _collector(
     config: RunConfig, run: Pass, optimizer: torch.optim.Optimizer, clock: _Clock, folder: Path
 ) -> Iterator[Callable[[list[Example]], None]]:
-    """A function that takes a batch's gradients as `grads` does, its parts timed."""
+    """A function that takes a batch's gradients as `grads` does, its parts timed, and waits for the disk."""
     moments = live_moments(optimizer, run.slots, 1, config.learning_rate)
     direction = make_direction(config.gradient_type, config.adam_formula, moments, run.slots)
     dim = config.proj_dim or 1

@@ -66,7 +66,8 @@ def training_memory(shape: Shape, tokens: int, checkpointing: bool) -> int:
 
 def multiplied_weights(base: Any) -> tuple[int, int]:
     """Of a causal language model without adapters: weights that every token is multiplied with, and those of the
-    output head, which only supervised tokens are. Looking a token up in the embedding multiplies nothing."""
+    output head, which only supervised tokens are. Looking a token up in the embedding multiplies nothing. All experts
+    of a mixture are counted, though a token meets few."""
     embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
     tables = embedding.numel() + (0 if head is embedding else head.numel())
     return base.num_parameters() - tables, head.numel()

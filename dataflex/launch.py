@@ -36,7 +36,7 @@ def launch_arguments(config: RunConfig, nproc: int | None, environment: Mapping[
     nodes = _number(environment, "NNODES", 1)
     if not (_forced(environment) or config.deepspeed or (nproc or 1) > 1):
         return None
-    here = nproc or _number(environment, "NPROC_PER_NODE", 0) or _gpus()
+    here = nproc or _number(environment, "NPROC_PER_NODE", 0) or max(1, visible_gpus())
     options = ["--nproc-per-node", str(here), "--max-restarts", "0"]
     if nodes == 1 and "MASTER_PORT" not in environment:
         return [*options, "--standalone"]
@@ -58,14 +58,17 @@ def slurm_variables(nproc: int | None, environment: Mapping[str, str]) -> dict[s
 
     Only a job step of several tasks counts: a batch script and an interactive shell have SLURM's variables too. Where
     a launcher is asked for (FORCE_TORCHRUN, NNODES, NPROC_PER_NODE, or `nproc`), the tasks are nodes, each with a
-    launcher of its own; `--nproc 1` makes each task a run of its own.
+    launcher of its own; `--nproc 1` makes each task a run of its own, on a GPU of its own.
     """
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks == "1" or "RANK" in environment or "SLURM_PROCID" not in environment:
         return {}
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    if nproc == 1 and "," in visible:
+        gpus = visible.split(",")
+        return {"CUDA_VISIBLE_DEVICES": gpus[_number(environment, "SLURM_LOCALID", 0) % len(gpus)]}
     if _forced(environment) or nproc is not None or {"NNODES", "NPROC_PER_NODE"} & environment.keys():
         return {}
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
     bound = visible != "" and "," not in visible  # the task sees the GPU it is bound to, and no other
     job = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
     found = {
@@ -133,7 +136,8 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def _gpus() -> int:
+def visible_gpus() -> int:
+    """How many GPUs torch finds."""
     import torch
 
-    return max(1, torch.cuda.device_count())
+    return torch.cuda.device_count()

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 class Interrupted(BaseException):
     """The work is to end here, because someone asked for it. Not a failure, so not an Exception.
 
-    A Progress may raise it out of `Task.advance`: what that reports is committed by then. On its way out, each
-    piece of work that keeps something says what (`add_note`).
+    A Progress may raise it out of `Task.advance`. On its way out, each piece of work that keeps something commits
+    what was reported and says what it keeps (`add_note`).
     """
 
     def __init__(self, exit_code: int = 130) -> None:

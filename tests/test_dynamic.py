@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from dataflex import dynamic, load_config, load_examples
-from dataflex.errors import UsageError
+from dataflex.errors import DataflexError, UsageError
+from dataflex.influence import exact
 from dataflex.model import load_adapter, load_base_model
 from dataflex.training.moments import load_moments
 from dataflex.training.schedule import dynamic_schedule
@@ -110,6 +111,12 @@ def test_selections_equal_the_slow_way(options, accumulate):
         np.testing.assert_allclose([line["score"] for line in selection], wanted[order], atol=2e-5)
         assert set(selection[0]["subtasks"]) == {"x", "y"}
         assert {line["dataset"] for line in selection} <= {"identity", "alpaca_en_demo"}
+
+
+def test_exact_scores_that_memory_does_not_hold_are_not_begun(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(exact, "free_memory", lambda place: 10**3)
+    with pytest.raises(DataflexError, match=r"for each of 2 subtasks: .* GB are needed and 1e-06 GB are free; use pro"):
+        dynamic(load_config(options={**options, "proj_dim": None, "output_dir": str(tmp_path / "out")}))
 
 
 def test_stored_scores_without_projection_equal_exact_ones(options, tmp_path):

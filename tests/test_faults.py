@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,9 +27,9 @@ from safetensors.torch import load_file
 from dataflex import dynamic, grads, load_config, open_store, score, warmup
 from dataflex.data.examples import load_split
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients import passes
+from dataflex.gradients import collect, passes
 from dataflex.model import load_tokenizer
-from dataflex.progress import Silent
+from dataflex.progress import Interrupted, Silent
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,38 @@ class FillsTheDisk(Silent):
         self.left -= bool(amount)
         if self.left == 0:
             self.disk.fill()
+
+
+def test_an_interruption_while_the_last_rows_are_written_keeps_them(settings, checkpoint, whole, tmp_path, monkeypatch):
+    """All are computed, no bar is shown any more, and a signal ends the command at once."""
+    to_disk, last = os.fdatasync, threading.Event()
+
+    def marked(run, examples, batches, *rest, **options):
+        for number, rows in enumerate(passes.project_rows(run, examples, batches, *rest, **options), start=1):
+            if number == len(batches):
+                last.set()
+            yield rows
+
+    def slow_at_last(handle: int) -> None:
+        if last.is_set():
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            time.sleep(0.8)
+        to_disk(handle)
+
+    def stop(number: int, frame: object) -> None:
+        raise Interrupted(130)
+
+    config = load_config(options={**settings, "checkpoint": checkpoint, "output": str(tmp_path / "g.h5")})
+    monkeypatch.setattr(collect, "project_rows", marked)
+    monkeypatch.setattr(os, "fdatasync", slow_at_last)
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        with pytest.raises(Interrupted) as interrupted:
+            grads(config)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted.value.__notes__ == [f"64 of 64 rows are committed in {config.output}"]
+    assert Path(config.output).read_bytes() == whole.read_bytes()
 
 
 FULL = "(No space left on device|File too large); make room, and the same command goes on"

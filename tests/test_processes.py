@@ -242,6 +242,9 @@ def test_which_slurm_tasks_are_processes():
     assert slurm_variables(None, {**STEP, "RANK": "0"}) == {}
     assert slurm_variables(None, {**STEP, "FORCE_TORCHRUN": "1"}) == {}
     assert slurm_variables(8, STEP) == {}
+    # runs of their own, each on the GPU of its place on the machine
+    assert slurm_variables(1, STEP) == {}
+    assert slurm_variables(1, {**STEP, "CUDA_VISIBLE_DEVICES": "4,5,6,7"}) == {"CUDA_VISIBLE_DEVICES": "5"}
     assert slurm_variables(None, {**STEP, "NPROC_PER_NODE": "8"}) == {}
     assert slurm_variables(1, STEP) == {}  # tasks that have nothing to do with each other
     assert slurm_variables(None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "16"}) == {}

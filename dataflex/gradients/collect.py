@@ -68,7 +68,7 @@ def collect(
     """Write the projected directions of every row of `split` into the store `path`.
 
     Rows that a former run of the same command committed are kept; batches are cut from all rows, so the
-    rest are computed in the same company and come out with the same bits.
+    rest are computed in the same company, and on a processor come out with the same bits.
 
     Args:
         moments: of the optimizer at these parameters; needed for `adam` only.
@@ -110,9 +110,12 @@ def collect(
                     if indices:
                         writer.write(indices, vectors, loss)
                         bad += [split.examples[index] for index in np.array(indices)[~vectors.any(axis=1)]]
-        except Interrupted as stop:
             if writer is not None:
                 writer.flush()
+        except Interrupted as stop:
+            if writer is not None:
+                with contextlib.suppress(Interrupted):
+                    writer.flush()
                 stop.add_note(f"{writer.done.sum()} of {len(writer.done)} rows are committed in {path}")
             raise
     if bad:

@@ -12,8 +12,9 @@ from torch import nn
 from torch.nn import functional
 
 # Tokens whose logits are held at a time: with fewer the head's weight, read anew for each chunk, costs more than the
-# products; more only take memory, 0.5 GB of float32 for 1024 tokens of Llama 3's 128,256 words.
+# products; more only take memory, which the second line bounds: about 1 GB for logits, their exponentials and the rest.
 CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
+CHUNK_NUMBERS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         losses = torch.empty(len(hidden), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        length = CHUNK_TOKENS[hidden.device.type]
+        length = min(CHUNK_TOKENS[hidden.device.type], max(1, CHUNK_NUMBERS // len(weight)))
         for start in range(0, len(hidden), length):
             part = slice(start, start + length)
             logits = functional.linear(hidden[part], weight, bias).float()

@@ -202,7 +202,7 @@ def _project_what_fits(
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
-    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 

@@ -315,16 +315,18 @@ def _lock(handle: int, path: Path) -> None:
         raise _in_use(path) from None
 
 
-@contextlib.contextmanager
-def _opened_for_writing(path: Path) -> Iterator[int]:
+def _open_for_writing(path: Path) -> int:
+    """A handle that no other writer has."""
     try:
         handle = os.open(path, os.O_RDWR)
     except OSError as error:
         raise UsageError(f"gradient store {path}: cannot be written ({error.strerror})") from None
     try:
-        yield handle
-    finally:
+        _lock(handle, path)
+    except UsageError:
         os.close(handle)
+        raise
+    return handle
 
 
 @contextlib.contextmanager
@@ -333,9 +335,11 @@ def _keeping_writers_out(path: Path) -> Iterator[None]:
     if not path.exists():
         yield
         return
-    with _opened_for_writing(path) as handle:
-        _lock(handle, path)
+    handle = _open_for_writing(path)
+    try:
         yield
+    finally:
+        os.close(handle)
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any) -> None:
@@ -367,12 +371,13 @@ class StoreWriter:
                 for name, data in datasets.items()
             }
         self.path = path
-        with contextlib.ExitStack() as stack:
-            self._handle = stack.enter_context(_opened_for_writing(path))
-            _lock(self._handle, path)
+        self._handle = _open_for_writing(path)
+        try:
             _check_room(path, self._bytes_to_come())
-            self._thread = stack.enter_context(ThreadPoolExecutor(max_workers=1))
-            self._closing = stack.pop_all()
+        except DataflexError:
+            os.close(self._handle)
+            raise
+        self._thread = ThreadPoolExecutor(max_workers=1)
         self._batch: Future[None] | None = None
 
     def _bytes_to_come(self) -> int:
@@ -389,9 +394,13 @@ class StoreWriter:
 
     def flush(self) -> None:
         """Wait until all rows that were given are on disk, and raise what the last batch met."""
-        batch, self._batch = self._batch, None
-        if batch is not None:
-            batch.result()
+        if self._batch is None:
+            return
+        try:
+            self._batch.result()
+        finally:
+            if self._batch.done():  # or an interruption came first
+                self._batch = None
 
     def _commit(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray) -> None:
         norms = np.linalg.norm(vectors, axis=1).astype(np.float32)
@@ -416,9 +425,13 @@ class StoreWriter:
             data, place = data[written:], place + written
 
     def close(self) -> None:
-        with self._closing, disk_errors_of(f"gradient store {self.path}"):
+        try:
             self.flush()
-            os.fsync(self._handle)
+            with disk_errors_of(f"gradient store {self.path}"):
+                os.fsync(self._handle)
+        finally:  # not under a batch that an interruption has left at work
+            self._thread.submit(os.close, self._handle)
+            self._thread.shutdown()
 
     def __enter__(self) -> StoreWriter:
         return self

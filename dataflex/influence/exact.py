@@ -7,7 +7,9 @@ import numpy as np
 import torch
 
 from dataflex import processes
+from dataflex.cost import free_memory
 from dataflex.data.examples import Example
+from dataflex.errors import DataflexError
 from dataflex.gradients.direction import Direction
 from dataflex.gradients.passes import Pass, batches_of, project_rows
 from dataflex.gradients.projection import Identity, Queries
@@ -29,8 +31,17 @@ def exact_cosines(
     With `skip_bad`, a row whose direction is all zero or not finite has NaN, or has no part in the means.
 
     Memory beyond the model: S × P float32 for the subtasks' mean directions.
+
+    Raises:
+        DataflexError: where they do not fit.
     """
     names = sorted({example.subtask or ONE_SUBTASK for example in validation})
+    needed, free = 4 * len(names) * run.parameters, free_memory(run.device)
+    if needed > free:
+        raise DataflexError(
+            f"exact scores keep a direction of {run.parameters} numbers for each of {len(names)} subtasks: "
+            f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free; use proj_dim=8192"
+        )
     queries = torch.zeros(len(names), run.parameters, device=run.device)
     counts = torch.zeros(len(names), 1, device=run.device)
     identity = Identity(run.parameters)
@@ -43,7 +54,7 @@ def exact_cosines(
             if length == 0:
                 continue
             place = names.index(validation[index].subtask or ONE_SUBTASK)
-            queries[place] += vector / length
+            queries[place].add_(vector / length)
             counts[place] += 1
     processes.sum_over([queries, counts])
     check_subtasks([name for name, count in zip(names, counts, strict=True) if count == 0])

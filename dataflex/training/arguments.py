@@ -52,6 +52,7 @@ def training_arguments(config: RunConfig, total_steps: int) -> TrainingArguments
         given = config.model_fields_set | config.training_arguments.keys()
         named = [key for key in dict.fromkeys(re.findall(r"\w+", message)) if key in given and key in KNOWN]
         raise UsageError(f"{'key ' + ', '.join(named) if named else 'training keys'}: {message}") from error
+    arguments._n_gpu = min(1, arguments.n_gpu)  # a process has one GPU; with more, transformers would split its batches
     if config.logging_dir is not None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = config.logging_dir  # where transformers 5 looks for it
     return arguments

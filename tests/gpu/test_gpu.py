@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -131,9 +132,10 @@ def test_a_run_picks_the_same_rows(gpu, tiny_run, run_cli, tmp_path, proj_dim):
 
 
 def test_bench_accounts_for_its_time(gpu, tiny_run):
+    started = time.perf_counter()
     found = dataflex.bench(load_config(options={**tiny_run, "bf16": True}))
+    passed = time.perf_counter() - started
     assert all(seconds > 0 for seconds in found["grads"]["seconds"].values())
-    spent = sum(found["grads"]["seconds"].values())
-    assert found["sample"]["tokens"] / spent == pytest.approx(found["grads"]["tokens_per_s"])
+    assert sum(found["sample"]["tokens"] / found[side]["tokens_per_s"] for side in ("train", "grads")) < passed
     assert found["matmul_flops_per_s"] > found["grads"]["flops_per_s"] > 0
     assert min(found["peak_memory_bytes"].values()) > 0

@@ -59,9 +59,10 @@ def test_a_head_with_an_adapter_is_told_apart():
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("positions", [1, 7, 10**6])
-def test_each_row_has_the_loss_and_the_gradient_of_whole_logits(name, positions, rows, monkeypatch):
+@pytest.mark.parametrize(("positions", "numbers"), [(1, 1 << 27), (7, 1 << 27), (10**6, 10**12), (10**6, 10**5)])
+def test_each_row_has_the_loss_and_the_gradient_of_whole_logits(name, positions, numbers, rows, monkeypatch):
     monkeypatch.setitem(loss.CHUNK_TOKENS, "cpu", positions)
+    monkeypatch.setattr(loss, "CHUNK_NUMBERS", numbers)
     model, plain = make(name)
     batch = collate(rows, pad_token_id=0)
     found = row_losses(model, batch["input_ids"], batch["labels"], plain)

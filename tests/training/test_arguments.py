@@ -192,6 +192,20 @@ def test_a_tracker_that_is_not_installed_shows_before_the_run(tmp_path: Path, mo
         training_arguments(from_yaml(tmp_path, report_to="wandb"), 11)
 
 
+def test_a_process_has_one_gpu_of_many(tmp_path: Path, monkeypatch):
+    """Left at 8, transformers would split each batch over all of them, and scale its loss by their number."""
+    as_made = TrainingArguments.__post_init__
+
+    def on_eight_gpus(self: TrainingArguments) -> None:
+        as_made(self)
+        self._n_gpu = 8
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", on_eight_gpus)
+    arguments = training_arguments(from_yaml(tmp_path), 11)
+    assert arguments.n_gpu == 1
+    assert arguments.train_batch_size == arguments.per_device_train_batch_size
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may well have TF32")
 def test_tf32_without_a_gpu_for_it(tmp_path: Path):
     with pytest.raises(UsageError, match=r"key tf32: .*Ampere"):

@@ -31,7 +31,7 @@ from dataflex.data.examples import Example, load_split
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import Pass, batches_of, make_pass, project_rows
 from dataflex.gradients.projection import Projector, make_projector
-from dataflex.gradients.store import StoreWriter, create_store
+from dataflex.gradients.store_writer import StoreWriter, create_store
 from dataflex.lora import Slot
 from dataflex.model import add_lora, check_vocabulary, compute_dtype, load_base_model, load_tokenizer, on_device
 from dataflex.progress import SILENT, Progress

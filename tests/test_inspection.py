@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from dataflex.config import RunConfig
 from dataflex.errors import UsageError
-from dataflex.gradients.store import StoreWriter, create_store
+from dataflex.gradients.store_writer import StoreWriter, create_store
 from dataflex.inspection import Inspection, inspect
 
 MANIFEST = {

@@ -18,7 +18,8 @@ from dataflex.gradients.direction import make_direction
 from dataflex.gradients.manifest import check_same, describe
 from dataflex.gradients.passes import Pass, batches_of, make_pass, name_bad_rows, project_rows
 from dataflex.gradients.projection import make_projector
-from dataflex.gradients.store import GradientStore, StoreWriter, create_store
+from dataflex.gradients.store import GradientStore
+from dataflex.gradients.store_writer import StoreWriter, create_store
 from dataflex.model import check_vocabulary, compute_dtype, load_adapter, load_frozen_model, load_tokenizer, on_device
 from dataflex.progress import SILENT, Interrupted, Progress
 from dataflex.training.moments import AdamMoments, load_moments

@@ -23,13 +23,13 @@ LARGEST_EXPONENT = 14  # the kernel computes with float16, which holds 2⁻²⁴
 class FastJl:
     """Dense random signs over √k, made inside the kernel: unbiased, with variance about ‖x‖²‖y‖²/k.
 
-    Costs rows × n × k multiplications and a fifth more for the run-in, and no memory for the signs. They depend on
-    how the parameters are cut, so they are neither those of `rademacher` nor LESS's own.
+    Costs rows × n × k multiplications, about a fifth more for the run-in, and no memory for the signs. They depend
+    on how the parameters are cut, so they are neither those of `rademacher` nor LESS's own.
 
     The kernel seeds a generator for every column and tile by adding multiples of two constants to `seed`. Such seeds
     are too alike for its generator, XORWOW: over the first 256 parameters of a tile the columns agree so far that
-    the variance is 3 to 130 times as large, and a tensor of an adapter has few more than that in each of as many
-    tiles as a GPU has multiprocessors. So tiles are few, and their first parameters are zeros.
+    the variance is 3 to 130 times as large (between such parameters, at k = 8192), and a tensor of an adapter has
+    hardly more in each of as many tiles as a GPU has multiprocessors. So tiles are few and begin with zeros.
 
     The first rows are looked at: a kernel built for another GPU gives zeros, or nonsense, without an error.
 

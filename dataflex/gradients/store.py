@@ -1,8 +1,4 @@
-"""The gradient store: one HDF5 file, allocated once, whose rows are then written in place.
-
-All of HDF5's own metadata is final before the first row is written; rows go to their place in the
-file as raw bytes, and a row's `done` flag follows only after its data is on disk. So the file opens
-with plain h5py at any moment, and a killed run loses at most the rows it had not committed.
+"""The gradient store, one HDF5 file: how rows are kept, and how they are read. store_writer.py makes and fills it.
 
 A row whose direction is all zero or not finite has no place among unit vectors. Where such rows are to be
 skipped they are done, with norm 0 and zeros for a vector: `GradientStore.bad`. Nothing scores or selects them.
@@ -10,13 +6,10 @@ skipped they are done, with norm 0 and zeros for a vector: `GradientStore.bad`. 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,12 +17,10 @@ from typing import Any
 import h5py
 import numpy as np
 
-from dataflex.errors import DataflexError, UsageError
-from dataflex.files import disk_errors_of
+from dataflex.errors import UsageError
 
 FORMAT = "dataflex-gradients"
 VERSION = 1
-BYTES_BESIDE = 9  # of each row: norm, loss, done
 TILE_NUMBERS = 1 << 20  # 4 MiB of float32
 WIDTH_DTYPE = {"float16": np.float16, "float32": np.float32, "int8": np.int8, "int1": np.uint8}
 
@@ -92,7 +83,7 @@ class GradientStore:
             self.subtask: list[str] | None = (
                 self._file["subtask"].asstr()[:].tolist() if "subtask" in self._file else None
             )
-            checksum = _checksum(attributes["manifest"], self.row, self.tokens, self.subtask)
+            checksum = checksum_of(attributes["manifest"], self.row, self.tokens, self.subtask)
             # a store that another program made may have none
             self.sound = attributes.get("checksum", checksum) == checksum
         except (KeyError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
@@ -210,231 +201,10 @@ def open_store(path: str | Path) -> GradientStore:
     return GradientStore(path)
 
 
-def create_store(
-    path: Path,
-    *,
-    manifest: Mapping[str, Any],
-    row: np.ndarray,
-    tokens: np.ndarray,
-    subtask: list[str] | None,
-) -> None:
-    """Make a store with room for every row and none done; atomic.
-
-    `manifest` must hold `store_dtype`, `proj_dim` and `parameters`, the list of [name, size].
-    """
-    dtype, dim, count = manifest["store_dtype"], manifest["proj_dim"], len(row)
-    width = -(-dim // 8) if dtype == "int1" else dim
-    with _keeping_writers_out(path):
-        with disk_errors_of(f"gradient store {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        freed = 512 * path.stat().st_blocks if path.exists() else 0
-        _check_room(path, count * (width * np.dtype(WIDTH_DTYPE[dtype]).itemsize + BYTES_BESIDE) - freed)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with disk_errors_of(f"gradient store {path}"):
-                _write_empty(temporary, manifest, row, tokens, subtask, (count, width))
-                _put_in_place(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _write_empty(
-    path: Path,
-    manifest: Mapping[str, Any],
-    row: np.ndarray,
-    tokens: np.ndarray,
-    subtask: list[str] | None,
-    shape: tuple[int, int],
-) -> None:
-    text = json.dumps(manifest)
-    # from 1.10 on attributes may be longer than 64 KiB; the list of a large adapter's parameters is
-    with h5py.File(path, "w", libver=("v110", "v110")) as file:
-        file.attrs["format"] = FORMAT
-        file.attrs["version"] = VERSION
-        file.attrs["manifest"] = text
-        file.attrs["checksum"] = _checksum(text, row, tokens, subtask)
-        file.attrs["parameters"] = json.dumps(manifest["parameters"])
-        _allocate(file, "gradients", shape, WIDTH_DTYPE[manifest["store_dtype"]])
-        _allocate(file, "norm", shape[:1], np.float32)
-        _allocate(file, "loss", shape[:1], np.float32)
-        _allocate(file, "done", shape[:1], np.uint8)
-        file["row"] = row.astype(np.int64)
-        file["tokens"] = tokens.astype(np.int32)
-        if subtask is not None:
-            longest = max(len(name.encode()) for name in subtask)
-            file.create_dataset(
-                "subtask", data=[n.encode() for n in subtask], dtype=h5py.string_dtype("utf-8", longest)
-            )
-    with open(path, "rb+") as handle:
-        os.fsync(handle.fileno())
-
-
-def _put_in_place(temporary: Path, path: Path) -> None:
-    """Name the new store. Where there was none, one that another process has made meanwhile stays."""
-    if not path.exists():
-        try:
-            os.link(temporary, path)
-            return
-        except FileExistsError:
-            raise _in_use(path) from None
-        except OSError:
-            pass  # a file system without hard links
-    os.replace(temporary, path)
-
-
-def _checksum(manifest: str, row: np.ndarray, tokens: np.ndarray, subtask: Sequence[str] | None) -> str:
+def checksum_of(manifest: str, row: np.ndarray, tokens: np.ndarray, subtask: Sequence[str] | None) -> str:
     """sha256 (hex) over what a store says of its rows before any is computed."""
     digest = hashlib.sha256(manifest.encode())
     digest.update(row.astype("<i8").tobytes())
     digest.update(tokens.astype("<i4").tobytes())
     digest.update(json.dumps(subtask).encode())
     return digest.hexdigest()
-
-
-def _check_room(path: Path, needed: int) -> None:
-    """Raise a DataflexError where the disk has less than `needed` bytes left: rows take theirs as they are written."""
-    disk = os.statvfs(path.parent)
-    free = disk.f_bavail * disk.f_frsize
-    if needed > free:
-        raise DataflexError(
-            f"gradient store {path}: {needed / 1e6:.3g} MB are needed and {free / 1e6:.3g} MB are free; make room, "
-            "or lower proj_dim, or choose a smaller store_dtype"
-        )
-
-
-def _in_use(path: Path) -> UsageError:
-    return UsageError(f"gradient store {path}: another process is writing it; wait for it, or name another file")
-
-
-def _lock(handle: int, path: Path) -> None:
-    """Keep other writers out for as long as `handle` is open; a UsageError where one is in."""
-    try:
-        # a record lock: HDF5 itself takes flock locks, and readers must not be kept out
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise _in_use(path) from None
-
-
-def _open_for_writing(path: Path) -> int:
-    """A handle that no other writer has."""
-    try:
-        handle = os.open(path, os.O_RDWR)
-    except OSError as error:
-        raise UsageError(f"gradient store {path}: cannot be written ({error.strerror})") from None
-    try:
-        _lock(handle, path)
-    except UsageError:
-        os.close(handle)
-        raise
-    return handle
-
-
-@contextlib.contextmanager
-def _keeping_writers_out(path: Path) -> Iterator[None]:
-    """Hold the lock of a store that is about to be replaced, if there is one."""
-    if not path.exists():
-        yield
-        return
-    handle = _open_for_writing(path)
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any) -> None:
-    """A contiguous dataset whose bytes have their place in the file at once, zeros without being written."""
-    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    properties.set_layout(h5py.h5d.CONTIGUOUS)
-    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
-    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    properties.set_obj_track_times(False)  # equal runs make equal bytes, whenever they start
-    space = h5py.h5s.create_simple(shape)
-    h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, properties)
-
-
-class StoreWriter:
-    """Writes rows of an existing store in place. One writing process per file: the second is refused.
-
-    A batch goes to disk while the next is computed: waiting for a disk takes milliseconds, on a network file system
-    far more, and a GPU would wait along.
-    """
-
-    def __init__(self, path: Path) -> None:
-        with GradientStore(path) as store:
-            self.dtype, self.dim = store.dtype, store.dim
-            self.done = store.done.astype(bool)
-            datasets = {name: store._file[name] for name in ("gradients", "norm", "loss", "done")}
-            self._places = {name: data.id.get_offset() for name, data in datasets.items()}
-            self._strides = {
-                name: data.dtype.itemsize * int(np.prod(data.shape[1:], dtype=np.int64))
-                for name, data in datasets.items()
-            }
-        self.path = path
-        self._handle = _open_for_writing(path)
-        try:
-            _check_room(path, self._bytes_to_come())
-        except DataflexError:
-            os.close(self._handle)
-            raise
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._batch: Future[None] | None = None
-
-    def _bytes_to_come(self) -> int:
-        """What the rows that are not done will still take of the disk."""
-        status = os.fstat(self._handle)
-        holes = status.st_size - 512 * status.st_blocks
-        return max(0, min(holes, int((~self.done).sum()) * sum(self._strides.values())))
-
-    def write(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray) -> None:
-        """Begin to commit rows: `vectors` [n, k] float32 (made unit; zeros stay), `loss` [n]; not to be changed
-        afterwards. Waits for the batch before, and raises what that one met."""
-        self.flush()
-        self._batch = self._thread.submit(self._commit, indices, vectors, loss)
-
-    def flush(self) -> None:
-        """Wait until all rows that were given are on disk, and raise what the last batch met."""
-        if self._batch is None:
-            return
-        try:
-            self._batch.result()
-        finally:
-            if self._batch.done():  # or an interruption came first
-                self._batch = None
-
-    def _commit(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray) -> None:
-        norms = np.linalg.norm(vectors, axis=1).astype(np.float32)
-        lengths = norms[:, None]
-        encoded = encode_rows(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0), self.dtype)
-        kept = f"; {int(self.done.sum())} of {len(self.done)} rows are committed"
-        with disk_errors_of(f"gradient store {self.path}", kept):
-            for position, index in enumerate(indices):
-                self._put("gradients", index, encoded[position])
-                self._put("norm", index, norms[position])
-                self._put("loss", index, np.float32(loss[position]))
-            os.fdatasync(self._handle)
-            for index in indices:
-                self._put("done", index, np.uint8(1))
-        self.done[indices] = True
-
-    def _put(self, name: str, index: int, value: Any) -> None:
-        data = np.ascontiguousarray(value).tobytes()
-        place = self._places[name] + index * self._strides[name]
-        while data:
-            written = os.pwrite(self._handle, data, place)
-            data, place = data[written:], place + written
-
-    def close(self) -> None:
-        try:
-            self.flush()
-            with disk_errors_of(f"gradient store {self.path}"):
-                os.fsync(self._handle)
-        finally:  # not under a batch that an interruption has left at work
-            self._thread.submit(os.close, self._handle)
-            self._thread.shutdown()
-
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients.store import StoreWriter, create_store, decode_rows, encode_rows, open_store
+from dataflex.gradients.store import decode_rows, encode_rows, open_store
+from dataflex.gradients.store_writer import StoreWriter, create_store
 
 N, K = 7, 96
 
@@ -132,9 +133,7 @@ def full_disk(handle: int) -> None:
 
 def test_a_second_writer_is_refused(tmp_path):
     path = made(tmp_path / "g.h5")
-    code = (
-        f"from pathlib import Path\nfrom dataflex.gradients.store import StoreWriter\nStoreWriter(Path({str(path)!r}))"
-    )
+    code = f"from dataflex.gradients import store_writer as s\ns.StoreWriter(s.Path({str(path)!r}))"
     with StoreWriter(path):
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "another process is writing it" in second.stderr

@@ -11,7 +11,8 @@ import pytest
 
 from dataflex import load_config
 from dataflex.errors import UsageError
-from dataflex.gradients.store import GradientStore, StoreWriter, create_store, open_store
+from dataflex.gradients.store import GradientStore, open_store
+from dataflex.gradients.store_writer import StoreWriter, create_store
 from dataflex.influence import stored
 from dataflex.influence.scores import influence, parse_weights, ranking, read_scores, round_robin
 from dataflex.influence.scoring import score

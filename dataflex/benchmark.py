@@ -28,8 +28,9 @@ from dataflex.cost import (
 )
 from dataflex.data.batches import collate
 from dataflex.data.examples import Example, load_split
+from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
-from dataflex.gradients.passes import Pass, batches_of, make_pass, project_rows
+from dataflex.gradients.passes import batches_of, project_rows
 from dataflex.gradients.projection import Projector, make_projector
 from dataflex.gradients.store_writer import StoreWriter, create_store
 from dataflex.lora import Slot
@@ -57,27 +58,30 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     base = load_base_model(config, dtype)
     check_vocabulary(base, split.examples, config.template)
     base_parameters, weights = base.num_parameters(), multiplied_weights(base)
-    run = make_pass(on_device(add_lora(base, config)), dtype, tokenizer.pad_token_id, config.token_budget)
+    capture = make_capture(on_device(add_lora(base, config)), dtype, tokenizer.pad_token_id, config.token_budget)
     if config.token_budget is None:
-        run = replace(run, token_budget=_budget_for_both(run, base_parameters))
-    batches = sample(batches_of(run, split.examples, config.proj_dim or 1))
+        capture = replace(capture, token_budget=_budget_for_both(capture, base_parameters))
+    batches = sample(batches_of(capture, split.examples, config.proj_dim or 1))
 
-    optimizer = torch.optim.AdamW([slot.parameter for slot in run.slots], lr=config.learning_rate)
+    optimizer = torch.optim.AdamW([slot.parameter for slot in capture.slots], lr=config.learning_rate)
     rows = [[split.examples[index] for index in batch] for batch in batches]
-    _train_step(run, rows[0], optimizer)  # both sides once, uncounted
-    clock = _Clock(run.device)
-    with tempfile.TemporaryDirectory() as folder, _collector(config, run, optimizer, clock, Path(folder)) as collect:
+    _train_step(capture, rows[0], optimizer)  # both sides once, uncounted
+    clock = _Clock(capture.device)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _collector(config, capture, optimizer, clock, Path(folder)) as collect,
+    ):
         collect(rows[0])
         clock.spans.clear()
         peaks = {"train": 0, "grads": 0}
         with progress.task("bench", 2 * len(rows), "batches") as task:
             for batch in rows:
                 clock.settle()
-                with _peak_memory(run.device, peaks, "train"), clock.part("train"):
-                    _train_step(run, batch, optimizer)
+                with _peak_memory(capture.device, peaks, "train"), clock.part("train"):
+                    _train_step(capture, batch, optimizer)
                 task.advance(1)
                 clock.settle()
-                with _peak_memory(run.device, peaks, "grads"), clock.part("grads"):
+                with _peak_memory(capture.device, peaks, "grads"), clock.part("grads"):
                     collect(batch)
                 task.advance(1)
     tokens = sum(len(example.input_ids) for batch in rows for example in batch)
@@ -86,13 +90,13 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     seconds = {name: sum(lengths) for name, lengths in clock.seconds().items()}
     train, grads = seconds.pop("train"), seconds.pop("grads")
     parts = {"model": grads - sum(seconds.values()), **seconds}
-    flops = gradient_flops(*weights, run.parameters, tokens, supervised)
+    flops = gradient_flops(*weights, capture.parameters, tokens, supervised)
     return {
         "device": device_name(),
         "dtype": str(dtype).removeprefix("torch."),
         "train": {"tokens_per_s": tokens / train},
         "grads": {"tokens_per_s": tokens / grads, "seconds": parts, "flops_per_s": flops / grads},
-        "matmul_flops_per_s": matmul_speed(run.device, dtype),
+        "matmul_flops_per_s": matmul_speed(capture.device, dtype),
         "ratio": train / grads,
         "peak_memory_bytes": peaks,
         "sample": {"rows": sum(len(batch) for batch in rows), "tokens": tokens, "batches": len(rows)},
@@ -100,10 +104,13 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     }
 
 
-def _budget_for_both(run: Pass, base_parameters: int) -> int:
-    """The pass's token budget, halved until a training step over as many tokens fits as well."""
-    shape, budget = shape_of(run.model.config, base_parameters, run.parameters, run.dtype.itemsize), run.token_budget
-    free = free_memory(run.device)
+def _budget_for_both(capture: Capture, base_parameters: int) -> int:
+    """The capture's token budget, halved until a training step over as many tokens fits as well."""
+    shape, budget = (
+        shape_of(capture.model.config, base_parameters, capture.parameters, capture.dtype.itemsize),
+        capture.token_budget,
+    )
+    free = free_memory(capture.device)
     while shape and budget > FEWEST_TOKENS and training_memory(shape, budget, False) - shape.standing_bytes > free:
         budget //= 2
     return budget
@@ -162,11 +169,11 @@ class _Clock:
         return lengths
 
 
-def _train_step(run: Pass, rows: list[Example], optimizer: torch.optim.Optimizer) -> None:
-    run.model.train()
-    inputs = {name: tensor.to(run.device) for name, tensor in collate(rows, run.pad_token_id).items()}
-    with run.autocast():
-        loss = run.model(**inputs, use_cache=False).loss
+def _train_step(capture: Capture, rows: list[Example], optimizer: torch.optim.Optimizer) -> None:
+    capture.model.train()
+    inputs = {name: tensor.to(capture.device) for name, tensor in collate(rows, capture.pad_token_id).items()}
+    with capture.autocast():
+        loss = capture.model(**inputs, use_cache=False).loss
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -174,13 +181,13 @@ def _train_step(run: Pass, rows: list[Example], optimizer: torch.optim.Optimizer
 
 @contextlib.contextmanager
 def _collector(
-    config: RunConfig, run: Pass, optimizer: torch.optim.Optimizer, clock: _Clock, folder: Path
+    config: RunConfig, capture: Capture, optimizer: torch.optim.Optimizer, clock: _Clock, folder: Path
 ) -> Iterator[Callable[[list[Example]], None]]:
     """A function that takes a batch's gradients as `grads` does, its parts timed, and waits for the disk."""
-    moments = live_moments(optimizer, run.slots, 1, config.learning_rate)
-    direction = make_direction(config.gradient_type, config.adam_formula, moments, run.slots)
+    moments = live_moments(optimizer, capture.slots, 1, config.learning_rate)
+    direction = make_direction(config.gradient_type, config.adam_formula, moments, capture.slots)
     dim = config.proj_dim or 1
-    projector = make_projector(config.projector, run.parameters, dim, config.proj_seed, run.device)
+    projector = make_projector(config.projector, capture.parameters, dim, config.proj_seed, capture.device)
     manifest = {"store_dtype": config.store_dtype, "proj_dim": projector.dim, "parameters": [], "datasets": []}
     room = np.arange(4096)
     create_store(folder / "bench.h5", manifest=manifest, row=room, tokens=room, subtask=None)
@@ -193,7 +200,7 @@ def _collector(
     with StoreWriter(folder / "bench.h5") as writer:
 
         def collect(rows: list[Example]) -> None:
-            for done in project_rows(run, rows, [list(range(len(rows)))], timed_direction, timed):
+            for done in project_rows(capture, rows, [list(range(len(rows)))], timed_direction, timed):
                 with clock.part("write"):
                     writer.write(done.indices, done.vectors.cpu().numpy(), done.loss.cpu().numpy())
                     writer.flush()  # or training would pay for it

@@ -15,7 +15,8 @@ from dataflex.config import RunConfig, require
 from dataflex.data.examples import Split, load_split
 from dataflex.errors import UsageError
 from dataflex.files import read_jsonl, write_jsonl
-from dataflex.gradients.passes import Pass, make_pass, mean_loss
+from dataflex.gradients.capture import Capture, make_capture
+from dataflex.gradients.passes import mean_loss
 from dataflex.gradients.projection import check_projector
 from dataflex.influence.scores import best_rows, score_records
 from dataflex.model import check_vocabulary, compute_dtype, device, load_tokenizer
@@ -55,12 +56,12 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
     with watch.phase("model"):
         model = trainable_model(config, train)
         check_vocabulary(model, validation.examples, config.template)
-        run = make_pass(model, compute_dtype(config), tokenizer.pad_token_id, config.token_budget)
+        capture = make_capture(model, compute_dtype(config), tokenizer.pad_token_id, config.token_budget)
     record = begin(config, came_from, progress)
     if config.token_budget is None:  # a run taken up again cuts the batches it began with, whatever is free now
-        run = replace(run, token_budget=record.facts.get("token_budget", run.token_budget))
-        record.note(token_budget=run.token_budget)
-    rounds = _Rounds(config, schedule, run, train, validation, record, progress, watch)
+        capture = replace(capture, token_budget=record.facts.get("token_budget", capture.token_budget))
+        record.note(token_budget=capture.token_budget)
+    rounds = _Rounds(config, schedule, capture, train, validation, record, progress, watch)
     rounds.recall(step_of(last_checkpoint(output_dir)))
     with watch.phase("training"):
         history = fit(
@@ -76,7 +77,7 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
             save_at=schedule.selection_steps,
         )
     with watch.phase("evaluation"):
-        loss_after = mean_loss(run, validation.examples, progress, "eval loss after")
+        loss_after = mean_loss(capture, validation.examples, progress, "eval loss after")
     watch.seconds["training"] -= watch.seconds.get("selection", 0.0) + rounds.loss_seconds
     if config.plot_loss and processes.rank() == 0:
         plot_loss(history, list(rounds.selections), output_dir / "training_loss.png")
@@ -123,7 +124,7 @@ class _Rounds:
 
     config: RunConfig
     schedule: Schedule
-    run: Pass
+    capture: Capture
     train: Split
     validation: Split
     record: RunRecord
@@ -149,7 +150,7 @@ class _Rounds:
         if "eval_loss" not in self.record.facts:
             # only now, inside the training: under ZeRO-3 the model cannot run before
             with self.watch.phase("evaluation"):
-                before = mean_loss(self.run, self.validation.examples, self.progress, "eval loss before")
+                before = mean_loss(self.capture, self.validation.examples, self.progress, "eval loss before")
             self.loss_seconds = self.watch.seconds["evaluation"]
             self.record.note(eval_loss={"before": before})
         selected_at = self.schedule.selection_of(step)
@@ -162,7 +163,7 @@ class _Rounds:
         cache = Path(self.config.cache_dir or self.folder / "gradients") / f"step-{step}"
         situation = Situation(
             config=self.config,
-            run=self.run,
+            capture=self.capture,
             train=self.train,
             validation=self.validation,
             moments=trainer.moments(),

@@ -18,8 +18,7 @@ from dataflex.cost import (
     token_budget_for,
     training_memory,
 )
-from dataflex.gradients.capture import adapter_values, row_gradients, undisturbed
-from dataflex.gradients.passes import make_pass
+from dataflex.gradients.capture import adapter_values, make_capture, row_gradients, undisturbed
 
 LLAMA_8B = Shape(8_030_000_000, 42_000_000, 32, 4096, 14336, vocabulary=128_256, itemsize=2)
 
@@ -68,24 +67,24 @@ def test_the_arithmetic_is_what_torch_counts(tied):
     assert weights[1] == 500 * 64
     assert sum(weights) == base.num_parameters() - (0 if tied else 500 * 64)
     model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
-    run = make_pass(model, torch.float32, 0, 1024)
+    capture = make_capture(model, torch.float32, 0, 1024)
     labels = torch.randint(0, 500, (4, 32))
     labels[:, :20] = -100
     in_place = {torch.ops.aten.addmm_: lambda out, left, right, **rest: 2 * left[0] * left[1] * right[1]}
     counted = FlopCounterMode(display=False, custom_mapping=in_place)
     with undisturbed(model), counted:
-        values, taken = adapter_values(run.pairs), []
+        values, taken = adapter_values(capture.pairs), []
         row_gradients(
             model,
-            run.pairs,
-            run.slots,
+            capture.pairs,
+            capture.slots,
             values,
             labels.clamp(0),
             labels,
             lambda slot, gradient: taken.append(slot),
             plain_head=True,
         )
-    assert len(taken) == len(run.slots)
+    assert len(taken) == len(capture.slots)
     products = {op: n for op, n in counted.get_flop_counts()["Global"].items() if "attention" not in str(op)}
-    wanted = gradient_flops(*weights, run.parameters, labels.numel(), 4 * 12)
+    wanted = gradient_flops(*weights, capture.parameters, labels.numel(), 4 * 12)
     assert sum(products.values()) == pytest.approx(wanted, rel=0.02)

@@ -229,8 +229,8 @@ def test_an_interruption_while_the_last_rows_are_written_keeps_them(settings, ch
     """All are computed, no bar is shown any more, and a signal ends the command at once."""
     to_disk, last = os.fdatasync, threading.Event()
 
-    def marked(run, examples, batches, *rest, **options):
-        for number, rows in enumerate(passes.project_rows(run, examples, batches, *rest, **options), start=1):
+    def marked(capture, examples, batches, *rest, **options):
+        for number, rows in enumerate(passes.project_rows(capture, examples, batches, *rest, **options), start=1):
             if number == len(batches):
                 last.set()
             yield rows
@@ -403,8 +403,8 @@ def bad_rows(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     rows = {6, 11}
     true = passes._project_batch
 
-    def spoilt(run, examples, *rest):
-        vectors, loss = true(run, examples, *rest)
+    def spoilt(capture, examples, *rest):
+        vectors, loss = true(capture, examples, *rest)
         for place, example in enumerate(examples):
             if example.row in rows and example.dataset == "alpaca_en_demo":
                 vectors[place] = float("nan") if example.row % 2 == 0 else 0

@@ -16,7 +16,7 @@ from dataflex import RunConfig, load_config, load_examples, train
 from dataflex.data.examples import load_split
 from dataflex.errors import UsageError
 from dataflex.gradients.capture import adapter_values, row_gradients, undisturbed
-from dataflex.gradients.collect import checkpoint_pass
+from dataflex.gradients.collect import checkpoint_capture
 from dataflex.lora import layout, linear_names, lora_pairs, lora_targets
 from dataflex.model import (
     add_lora,
@@ -222,10 +222,10 @@ class TestSeveralAdapters:
     def test_gradients_are_taken_on_the_same_base(self, config: RunConfig, adapters: list[str]):
         new = config.changed(adapter_name_or_path=adapters[:1], create_new_adapter=True, max_steps=1, learning_rate=0.1)
         checkpoint = train(new) / "checkpoint-1"
-        run = checkpoint_pass(new, checkpoint, 0)
+        capture = checkpoint_capture(new, checkpoint, 0)
         expected = load_adapter(self.stacked(config, adapters[:1]), checkpoint, config)
-        torch.testing.assert_close(logits(run.model), logits(expected), rtol=0, atol=1e-5)
-        alone = checkpoint_pass(config, checkpoint, 0)
+        torch.testing.assert_close(logits(capture.model), logits(expected), rtol=0, atol=1e-5)
+        alone = checkpoint_capture(config, checkpoint, 0)
         assert (logits(alone.model) - logits(expected)).abs().max() > 1e-3
 
     def test_they_tell_one_base_from_another(self, config: RunConfig, adapters: list[str]):

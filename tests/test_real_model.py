@@ -8,8 +8,8 @@ import torch
 from dataflex import load_config
 from dataflex.data.batches import collate
 from dataflex.data.examples import load_split
-from dataflex.gradients.capture import adapter_values, row_gradients, undisturbed
-from dataflex.gradients.passes import make_pass, project_rows
+from dataflex.gradients.capture import adapter_values, make_capture, row_gradients, undisturbed
+from dataflex.gradients.passes import project_rows
 from dataflex.gradients.projection import Identity, Sketch
 from dataflex.model import add_lora, load_base_model, load_tokenizer
 
@@ -34,21 +34,21 @@ def trained(model_dir, data_dir):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.01
-    return model, make_pass(model, torch.float32, tokenizer.pad_token_id, 1024), rows
+    return model, make_capture(model, torch.float32, tokenizer.pad_token_id, 1024), rows
 
 
 def test_batched_rows_equal_batches_of_one(trained):
-    model, run, rows = trained
+    model, capture, rows = trained
     chosen = [rows[0], rows[3], rows[8]]
     assert len({len(example.input_ids) for example in chosen}) > 1
-    batch = collate(chosen, run.pad_token_id)
+    batch = collate(chosen, capture.pad_token_id)
     found: dict[str, torch.Tensor] = {}
     with undisturbed(model):
         row_gradients(
             model,
-            run.pairs,
-            run.slots,
-            adapter_values(run.pairs),
+            capture.pairs,
+            capture.slots,
+            adapter_values(capture.pairs),
             batch["input_ids"],
             batch["labels"],
             lambda slot, gradient: found.__setitem__(slot.name, gradient.clone()),
@@ -57,20 +57,20 @@ def test_batched_rows_equal_batches_of_one(trained):
     for index, example in enumerate(chosen):
         model.zero_grad()
         model(input_ids=torch.tensor([example.input_ids]), labels=torch.tensor([example.labels])).loss.backward()
-        for slot in run.slots:
+        for slot in capture.slots:
             wanted = slot.parameter.grad.flatten()
             assert (found[slot.name][index] - wanted).norm() <= 1e-5 * wanted.norm(), (example.row, slot.name)
     model.zero_grad()
 
 
 def test_the_sketch_keeps_the_cosines_of_real_gradients(trained):
-    _, run, rows = trained
+    _, capture, rows = trained
     batches = [list(range(len(rows)))]
 
     def unit(projector) -> torch.Tensor:
-        [done] = project_rows(run, rows, batches, lambda slot, gradient: gradient, projector)
+        [done] = project_rows(capture, rows, batches, lambda slot, gradient: gradient, projector)
         return done.vectors / done.vectors.norm(dim=1, keepdim=True)
 
-    whole, small = unit(Identity(run.parameters)), unit(Sketch(run.parameters, 8192, 123))
+    whole, small = unit(Identity(capture.parameters)), unit(Sketch(capture.parameters, 8192, 123))
     # the standard error of a cosine is at most sqrt(2/k), 0.016
     assert ((whole @ whole.T) - (small @ small.T)).abs().max() < 4 * 0.016

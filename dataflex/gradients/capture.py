@@ -14,6 +14,7 @@ in its place: they save two small products and cost two sums of all weights a ba
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from dataflex import processes
+from dataflex.cost import free_memory, shape_of, token_budget_for
+from dataflex.data.batches import collate
+from dataflex.data.examples import Example
 from dataflex.errors import UsageError
-from dataflex.gradients.loss import RowLosses, row_losses
-from dataflex.lora import LoraPair, Slot, full_value
+from dataflex.gradients.loss import RowLosses, has_plain_head, row_losses
+from dataflex.lora import LoraPair, Slot, full_value, layout, lora_pairs
+from dataflex.model import device
 
 OnGradient = Callable[[Slot, torch.Tensor], None]
 """(slot, gradient [rows, slot.size] float32), called once for each slot during the backward pass."""
@@ -51,6 +57,74 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(cpu_state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A model made ready for taking gradients from it: fixed for a whole pass."""
+
+    model: nn.Module
+    pairs: list[LoraPair]
+    slots: list[Slot]
+    dtype: torch.dtype
+    """Of the matrix products; below float32 they run under autocast, as in training."""
+    pad_token_id: int
+    token_budget: int
+    fused: bool = True
+    """Run adapted layers as one function each where that can be: faster, and the same numbers but for rounding."""
+
+    @property
+    def parameters(self) -> int:
+        """P, the length of the flat parameter vector."""
+        return self.slots[-1].offset + self.slots[-1].size
+
+    @property
+    def device(self) -> torch.device:
+        # ZeRO-3 may keep parameters elsewhere than where they are computed with
+        return device() if self.shared_weights else self.slots[0].parameter.device
+
+    @property
+    def shared_weights(self) -> bool:
+        """True under ZeRO-3, where every forward pass takes every process."""
+        return hasattr(self.slots[0].parameter, "ds_id")
+
+    @functools.cached_property
+    def plain_head(self) -> bool:
+        """Whether the loss may be taken from the output head's input, in chunks."""
+        if self.shared_weights:
+            return False
+        with undisturbed(self.model), self.autocast():
+            return has_plain_head(self.model, self.device)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def inputs(self, rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and labels, [rows, T] on the device of the model."""
+        batch = collate(rows, self.pad_token_id)
+        return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
+
+
+def make_capture(model: nn.Module, dtype: torch.dtype, pad_token_id: int, token_budget: int | None) -> Capture:
+    """Make `model`'s LoRA pairs ready for taking gradients.
+
+    Without a `token_budget` the free memory of the first process's device gives one. Every process must call this.
+
+    Raises:
+        UsageError: for float16, which flushes gradients below 6e-8 to zero; training scales its loss against that.
+    """
+    if dtype == torch.float16:
+        raise UsageError("fp16: gradients of single rows underflow in float16; use bf16=true, or neither")
+    pairs = lora_pairs(model)
+    slots = layout(pairs)
+    return Capture(model, pairs, slots, dtype, pad_token_id, token_budget or _fitting_budget(model, slots, dtype))
+
+
+def _fitting_budget(model: nn.Module, slots: list[Slot], dtype: torch.dtype) -> int:
+    shape = shape_of(model.config, base=0, adapter=slots[-1].offset + slots[-1].size, itemsize=dtype.itemsize)
+    return processes.broadcast(token_budget_for(shape, free_memory(device()), device().type))
 
 
 def adapter_values(pairs: list[LoraPair]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -14,9 +14,10 @@ from dataflex.config import RunConfig, require
 from dataflex.data.examples import Split, load_split
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import check_output_file
+from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.manifest import check_same, describe
-from dataflex.gradients.passes import Pass, batches_of, make_pass, name_bad_rows, project_rows
+from dataflex.gradients.passes import batches_of, name_bad_rows, project_rows
 from dataflex.gradients.projection import make_projector
 from dataflex.gradients.store import GradientStore
 from dataflex.gradients.store_writer import StoreWriter, create_store
@@ -43,21 +44,21 @@ def grads(config: RunConfig, progress: Progress = SILENT) -> Path:
     checkpoint = Path(config.checkpoint[0])
     tokenizer = load_tokenizer(config)
     split = load_split(config, tokenizer, config.split, progress)
-    run = checkpoint_pass(config, checkpoint, tokenizer.pad_token_id)
-    check_vocabulary(run.model, split.examples, config.template)
-    return collect(config, run, split, config.split, load_moments(checkpoint), path, progress)
+    capture = checkpoint_capture(config, checkpoint, tokenizer.pad_token_id)
+    check_vocabulary(capture.model, split.examples, config.template)
+    return collect(config, capture, split, config.split, load_moments(checkpoint), path, progress)
 
 
-def checkpoint_pass(config: RunConfig, checkpoint: Path, pad_token_id: int) -> Pass:
+def checkpoint_capture(config: RunConfig, checkpoint: Path, pad_token_id: int) -> Capture:
     """The base model with `checkpoint`'s adapter, ready for a pass."""
     dtype = compute_dtype(config)
     model = on_device(load_adapter(load_frozen_model(config), checkpoint, config))
-    return make_pass(model, dtype, pad_token_id, config.token_budget)
+    return make_capture(model, dtype, pad_token_id, config.token_budget)
 
 
 def collect(
     config: RunConfig,
-    run: Pass,
+    capture: Capture,
     split: Split,
     split_name: str,
     moments: AdamMoments | None,
@@ -77,22 +78,24 @@ def collect(
     """
     step = moments.step if moments else 0
     learning_rate = moments.learning_rate if moments else config.learning_rate
-    manifest = describe(config, run, split, split_name, moments, step, learning_rate)
-    direction = make_direction(manifest["gradient_type"], config.adam_formula, moments, run.slots)
-    projector = make_projector(config.projector, run.parameters, manifest["proj_dim"], config.proj_seed, run.device)
+    manifest = describe(config, capture, split, split_name, moments, step, learning_rate)
+    direction = make_direction(manifest["gradient_type"], config.adam_formula, moments, capture.slots)
+    projector = make_projector(
+        config.projector, capture.parameters, manifest["proj_dim"], config.proj_seed, capture.device
+    )
     if processes.rank() == 0:
         _prepare_store(path, manifest, split, config.overwrite, cache)
     processes.barrier()
     with GradientStore(path) as store:
         if config.token_budget is None:  # the memory that is free now may ask for another cut
-            run = replace(run, token_budget=store.manifest.get("token_budget", run.token_budget))
+            capture = replace(capture, token_budget=store.manifest.get("token_budget", capture.token_budget))
         done = store.done.astype(bool)
         bad = [split.examples[index] for index in np.flatnonzero(store.bad)]
     if bad and not config.skip_bad_rows:
         raise DataflexError(f"gradient store {path}: {name_bad_rows(bad)}; give --skip-bad-rows, or --overwrite")
-    batches = [batch for batch in batches_of(run, split.examples, manifest["proj_dim"]) if not done[batch].all()]
+    batches = [batch for batch in batches_of(capture, split.examples, manifest["proj_dim"]) if not done[batch].all()]
     computed = project_rows(
-        run,
+        capture,
         split.examples,
         batches,
         direction,

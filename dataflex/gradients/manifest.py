@@ -12,7 +12,7 @@ import torch
 from dataflex.config import RunConfig
 from dataflex.data.examples import Split, split_names
 from dataflex.errors import UsageError
-from dataflex.gradients.passes import Pass
+from dataflex.gradients.capture import Capture
 from dataflex.lora import full_value
 from dataflex.masking import masked
 from dataflex.model import model_fingerprint
@@ -36,20 +36,20 @@ PROJECTION_KEYS = (
 
 def describe(
     config: RunConfig,
-    run: Pass,
+    capture: Capture,
     split: Split,
     split_name: str,
     moments: AdamMoments | None,
     step: int,
     learning_rate: float,
 ) -> dict[str, Any]:
-    """The manifest of a store of `split`'s directions at `run`'s parameters."""
+    """The manifest of a store of `split`'s directions at `capture`'s parameters."""
     gradient_type = config.eval_gradient_type if split_name == "eval" else config.gradient_type
     return {
         "model_name_or_path": masked(config.model_name_or_path),
         "base_model": masked(model_fingerprint(config)),
-        "adapter": digest((slot.name, full_value(slot.parameter)) for slot in run.slots),
-        "dtype": str(run.dtype).removeprefix("torch."),
+        "adapter": digest((slot.name, full_value(slot.parameter)) for slot in capture.slots),
+        "dtype": str(capture.dtype).removeprefix("torch."),
         "split": split_name,
         "dataset": split_names(config, split_name),
         "datasets": dataset_starts(split),
@@ -66,11 +66,11 @@ def describe(
         "projector": config.projector,
         # fast_jl's kernels are built for one kind of GPU; the others' signs depend on nothing but the seed
         "projector_device": device_name() if config.projector == "fast_jl" else None,
-        "proj_dim": run.parameters if config.projector == "none" else config.proj_dim,
+        "proj_dim": capture.parameters if config.projector == "none" else config.proj_dim,
         "proj_seed": config.proj_seed,
         "store_dtype": config.store_dtype,
-        "parameters": [[slot.name, slot.size] for slot in run.slots],
-        "token_budget": run.token_budget,
+        "parameters": [[slot.name, slot.size] for slot in capture.slots],
+        "token_budget": capture.token_budget,
         "step": step,
         "learning_rate": learning_rate,
         "versions": {name: version(name) for name in LIBRARIES},

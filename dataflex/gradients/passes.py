@@ -5,75 +5,27 @@ Nothing here knows of files; the store and the exact scores both feed on it.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from dataflex import processes
-from dataflex.cost import free_memory, shape_of, token_budget_for
-from dataflex.data.batches import collate, token_batches
+from dataflex.data.batches import token_batches
 from dataflex.data.examples import Example
-from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients.capture import adapter_values, row_gradients, undisturbed
+from dataflex.errors import DataflexError
+from dataflex.gradients.capture import Capture, adapter_values, row_gradients, undisturbed
 from dataflex.gradients.direction import Direction
-from dataflex.gradients.loss import has_plain_head, row_losses
+from dataflex.gradients.loss import row_losses
 from dataflex.gradients.projection import Projector
-from dataflex.lora import LoraPair, Slot, layout, lora_pairs
-from dataflex.model import device
+from dataflex.lora import Slot
 from dataflex.progress import SILENT, Progress
 
 # Neither the projected rows of one batch nor a tensor's gradients of all its rows take more than so many numbers
 # (1 GiB of float32).
 MAX_BATCH_NUMBERS = 1 << 28
 MAX_NAMED = 8
-
-
-@dataclass(frozen=True)
-class Pass:
-    """How gradients are taken from a model: fixed for a whole pass."""
-
-    model: nn.Module
-    pairs: list[LoraPair]
-    slots: list[Slot]
-    dtype: torch.dtype
-    """Of the matrix products; below float32 they run under autocast, as in training."""
-    pad_token_id: int
-    token_budget: int
-    fused: bool = True
-    """Run adapted layers as one function each where that can be: faster, and the same numbers but for rounding."""
-
-    @property
-    def parameters(self) -> int:
-        """P, the length of the flat parameter vector."""
-        return self.slots[-1].offset + self.slots[-1].size
-
-    @property
-    def device(self) -> torch.device:
-        # ZeRO-3 may keep parameters elsewhere than where they are computed with
-        return device() if self.shared_weights else self.slots[0].parameter.device
-
-    @property
-    def shared_weights(self) -> bool:
-        """True under ZeRO-3, where every forward pass takes every process."""
-        return hasattr(self.slots[0].parameter, "ds_id")
-
-    @functools.cached_property
-    def plain_head(self) -> bool:
-        """Whether the loss may be taken from the output head's input, in chunks."""
-        if self.shared_weights:
-            return False
-        with undisturbed(self.model), self.autocast():
-            return has_plain_head(self.model, self.device)
-
-    def autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -88,36 +40,17 @@ class Projected:
     """[rows] float32"""
 
 
-def make_pass(model: nn.Module, dtype: torch.dtype, pad_token_id: int, token_budget: int | None) -> Pass:
-    """The pass over `model`'s LoRA pairs. Without a `token_budget` the free memory of the first process's device
-    gives one; every process must call this.
-
-    Raises:
-        UsageError: for float16, which flushes gradients below 6e-8 to zero; training scales its loss against that.
-    """
-    if dtype == torch.float16:
-        raise UsageError("fp16: gradients of single rows underflow in float16; use bf16=true, or neither")
-    pairs = lora_pairs(model)
-    slots = layout(pairs)
-    return Pass(model, pairs, slots, dtype, pad_token_id, token_budget or _fitting_budget(model, slots, dtype))
-
-
-def _fitting_budget(model: nn.Module, slots: list[Slot], dtype: torch.dtype) -> int:
-    shape = shape_of(model.config, base=0, adapter=slots[-1].offset + slots[-1].size, itemsize=dtype.itemsize)
-    return processes.broadcast(token_budget_for(shape, free_memory(device()), device().type))
-
-
-def batches_of(run: Pass, examples: Sequence[Example], dim: int) -> list[list[int]]:
+def batches_of(capture: Capture, examples: Sequence[Example], dim: int) -> list[list[int]]:
     """Indices into `examples`, batch by batch: a function of the rows, the adapter's sizes, the token budget and
     `dim`, the width of what is kept of a row, alone."""
     # what a row takes beside its tokens: its image, and the gradient of the largest tensor with Γ's temporaries
-    most_rows = max(1, MAX_BATCH_NUMBERS // max(dim, 4 * max(slot.size for slot in run.slots)))
-    batches = token_batches([len(example.input_ids) for example in examples], run.token_budget)
+    most_rows = max(1, MAX_BATCH_NUMBERS // max(dim, 4 * max(slot.size for slot in capture.slots)))
+    batches = token_batches([len(example.input_ids) for example in examples], capture.token_budget)
     return [batch[start : start + most_rows] for batch in batches for start in range(0, len(batch), most_rows)]
 
 
 def project_rows(
-    run: Pass,
+    capture: Capture,
     examples: Sequence[Example],
     batches: Sequence[list[int]],
     direction: Direction,
@@ -135,7 +68,7 @@ def project_rows(
     Raises:
         DataflexError: naming the row whose direction is not finite or all zero, unless such are skipped.
     """
-    values = [(a.to(run.device), b.to(run.device)) for a, b in adapter_values(run.pairs)]
+    values = [(a.to(capture.device), b.to(capture.device)) for a, b in adapter_values(capture.pairs)]
     too_large, losses, seen = math.inf, 0.0, 0
     with progress.task(description, done + sum(len(batch) for batch in batches), "rows") as task:
         if done:
@@ -144,15 +77,15 @@ def project_rows(
             rows = [examples[index] for index in batch or []]
             if rows:
                 vectors, loss, too_large = _project_what_fits(
-                    run, rows, values, direction, projector, progress, too_large
+                    capture, rows, values, direction, projector, progress, too_large
                 )
                 bad = _bad_rows(vectors)
                 if bad and not skip_bad:
                     raise _bad_row_error(rows[bad[0]], vectors[bad[0]])
                 vectors[bad] = 0
             else:
-                if run.shared_weights:  # gathering them takes every process
-                    _project_batch(run, [examples[batches[-1][0]]], values, direction, projector)
+                if capture.shared_weights:  # gathering them takes every process
+                    _project_batch(capture, [examples[batches[-1][0]]], values, direction, projector)
                 vectors, loss = torch.zeros(0, projector.dim), torch.zeros(0)
             yield Projected(batch or [], vectors, loss)
             together = batches[turn * processes.size() : (turn + 1) * processes.size()]
@@ -161,7 +94,7 @@ def project_rows(
 
 
 def _project_what_fits(
-    run: Pass,
+    capture: Capture,
     rows: list[Example],
     values: list[tuple[torch.Tensor, torch.Tensor]],
     direction: Direction,
@@ -182,12 +115,12 @@ def _project_what_fits(
             waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
             continue
         try:
-            made.append(_project_batch(run, part, values, direction, projector))
+            made.append(_project_batch(capture, part, values, direction, projector))
             continue
         except RuntimeError as error:  # what was allocated is freed only once the error is gone
             if not _out_of_memory(error):
                 raise
-        if run.shared_weights or len(part) == 1:
+        if capture.shared_weights or len(part) == 1:
             raise DataflexError(
                 f"out of memory over {tokens} tokens (row {part[0].row} of {part[0].dataset} is the longest); "
                 + ("lower cutoff_len" if len(part) == 1 else "set token_budget lower")
@@ -207,35 +140,29 @@ def _out_of_memory(error: RuntimeError) -> bool:
 
 
 def _project_batch(
-    run: Pass,
+    capture: Capture,
     rows: list[Example],
     values: list[tuple[torch.Tensor, torch.Tensor]],
     direction: Direction,
     projector: Projector,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    vectors = torch.zeros(len(rows), projector.dim, device=run.device)
+    vectors = torch.zeros(len(rows), projector.dim, device=capture.device)
 
     def on_gradient(slot: Slot, gradient: torch.Tensor) -> None:
         projector.add(vectors, slot.offset, direction(slot, gradient))
 
-    with undisturbed(run.model), run.autocast():
+    with undisturbed(capture.model), capture.autocast():
         losses = row_gradients(
-            run.model,
-            run.pairs,
-            run.slots,
+            capture.model,
+            capture.pairs,
+            capture.slots,
             values,
-            *_inputs(run, rows),
+            *capture.inputs(rows),
             on_gradient,
-            fused=run.fused,
-            plain_head=run.plain_head,
+            fused=capture.fused,
+            plain_head=capture.plain_head,
         )
     return vectors, losses.loss
-
-
-def _inputs(run: Pass, rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and labels, [rows, T] on the pass's device."""
-    batch = collate(rows, run.pad_token_id)
-    return batch["input_ids"].to(run.device), batch["labels"].to(run.device)
 
 
 def _bad_rows(vectors: torch.Tensor) -> list[int]:
@@ -259,16 +186,18 @@ def name_bad_rows(rows: Sequence[Example]) -> str:
     return f"skipped, their gradient is all zero or not finite: {named}{more}"
 
 
-def mean_loss(run: Pass, examples: Sequence[Example], progress: Progress = SILENT, description: str = "loss") -> float:
+def mean_loss(
+    capture: Capture, examples: Sequence[Example], progress: Progress = SILENT, description: str = "loss"
+) -> float:
     """Mean over `examples` of each row's mean cross-entropy: forward passes only, shared by all processes."""
-    batches = token_batches([len(example.input_ids) for example in examples], run.token_budget)
+    batches = token_batches([len(example.input_ids) for example in examples], capture.token_budget)
     total = torch.zeros(1, dtype=torch.float64)
     with progress.task(description, len(examples), "rows") as task:
         for turn, batch in enumerate(processes.my_turns(batches)):
-            if batch is not None or run.shared_weights:
-                inputs = _inputs(run, [examples[index] for index in batch or batches[-1][:1]])
-                with undisturbed(run.model), run.autocast(), torch.no_grad():
-                    losses = row_losses(run.model, *inputs, run.plain_head)
+            if batch is not None or capture.shared_weights:
+                inputs = capture.inputs([examples[index] for index in batch or batches[-1][:1]])
+                with undisturbed(capture.model), capture.autocast(), torch.no_grad():
+                    losses = row_losses(capture.model, *inputs, capture.plain_head)
                 if batch is not None:
                     total += losses.loss.sum().item()
             together = batches[turn * processes.size() : (turn + 1) * processes.size()]

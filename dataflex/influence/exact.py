@@ -10,15 +10,16 @@ from dataflex import processes
 from dataflex.cost import free_memory
 from dataflex.data.examples import Example
 from dataflex.errors import DataflexError
+from dataflex.gradients.capture import Capture
 from dataflex.gradients.direction import Direction
-from dataflex.gradients.passes import Pass, batches_of, project_rows
+from dataflex.gradients.passes import batches_of, project_rows
 from dataflex.gradients.projection import Identity, Queries
 from dataflex.influence.scores import ONE_SUBTASK, check_subtasks
 from dataflex.progress import SILENT, Progress
 
 
 def exact_cosines(
-    run: Pass,
+    capture: Capture,
     train: list[Example],
     validation: list[Example],
     train_direction: Direction,
@@ -36,18 +37,18 @@ def exact_cosines(
         DataflexError: where they do not fit.
     """
     names = sorted({example.subtask or ONE_SUBTASK for example in validation})
-    needed, free = 4 * len(names) * run.parameters, free_memory(run.device)
+    needed, free = 4 * len(names) * capture.parameters, free_memory(capture.device)
     if needed > free:
         raise DataflexError(
-            f"exact scores keep a direction of {run.parameters} numbers for each of {len(names)} subtasks: "
+            f"exact scores keep a direction of {capture.parameters} numbers for each of {len(names)} subtasks: "
             f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free; use proj_dim=8192"
         )
-    queries = torch.zeros(len(names), run.parameters, device=run.device)
-    counts = torch.zeros(len(names), 1, device=run.device)
-    identity = Identity(run.parameters)
-    batches = batches_of(run, validation, identity.dim)
+    queries = torch.zeros(len(names), capture.parameters, device=capture.device)
+    counts = torch.zeros(len(names), 1, device=capture.device)
+    identity = Identity(capture.parameters)
+    batches = batches_of(capture, validation, identity.dim)
     for rows in project_rows(
-        run, validation, batches, validation_direction, identity, progress, "eval gradients", skip_bad=skip_bad
+        capture, validation, batches, validation_direction, identity, progress, "eval gradients", skip_bad=skip_bad
     ):
         for index, vector in zip(rows.indices, rows.vectors, strict=True):
             length = vector.norm()
@@ -62,9 +63,9 @@ def exact_cosines(
 
     cosines = np.empty((len(names), len(train)), dtype=np.float32)
     projector = Queries(queries)
-    batches = batches_of(run, train, projector.dim)
+    batches = batches_of(capture, train, projector.dim)
     for rows in project_rows(
-        run, train, batches, train_direction, projector, progress, "train gradients", skip_bad=skip_bad
+        capture, train, batches, train_direction, projector, progress, "train gradients", skip_bad=skip_bad
     ):
         products = rows.vectors[:, :-1] / rows.vectors[:, -1:].sqrt()
         for indices, values in processes.gather((rows.indices, products.T.cpu().numpy())):

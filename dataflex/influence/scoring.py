@@ -12,7 +12,7 @@ from dataflex.config import RunConfig, require
 from dataflex.data.examples import load_split
 from dataflex.errors import UsageError
 from dataflex.files import check_output_file
-from dataflex.gradients.collect import checkpoint_pass
+from dataflex.gradients.collect import checkpoint_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.manifest import describe
 from dataflex.influence.exact import exact_cosines
@@ -78,17 +78,17 @@ def _exact_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[s
     names: list[str] = []
     cosines: list[np.ndarray] = []
     for checkpoint, held, rate in zip(checkpoints, moments, rates, strict=True):
-        run = checkpoint_pass(config, checkpoint, tokenizer.pad_token_id)
-        check_vocabulary(run.model, [*train, *validation], config.template)
-        train_direction = make_direction(config.gradient_type, config.adam_formula, held, run.slots)
-        eval_direction = make_direction(config.eval_gradient_type, config.adam_formula, held, run.slots)
+        capture = checkpoint_capture(config, checkpoint, tokenizer.pad_token_id)
+        check_vocabulary(capture.model, [*train, *validation], config.template)
+        train_direction = make_direction(config.gradient_type, config.adam_formula, held, capture.slots)
+        eval_direction = make_direction(config.eval_gradient_type, config.adam_formula, held, capture.slots)
         names, values = exact_cosines(
-            run, train, validation, train_direction, eval_direction, progress, config.skip_bad_rows
+            capture, train, validation, train_direction, eval_direction, progress, config.skip_bad_rows
         )
         cosines.append(values)
         made.append(
             {
-                name: store_facts(describe(config, run, split, name, held, held.step if held else 0, rate))
+                name: store_facts(describe(config, capture, split, name, held, held.step if held else 0, rate))
                 for name, split in zip(("train", "eval"), splits, strict=True)
             }
         )

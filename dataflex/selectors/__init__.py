@@ -11,7 +11,7 @@ from typing import Protocol
 
 from dataflex.config import RunConfig
 from dataflex.data.examples import Split
-from dataflex.gradients.passes import Pass
+from dataflex.gradients.capture import Capture
 from dataflex.influence.scores import Scores
 from dataflex.progress import Progress
 from dataflex.training.moments import AdamMoments
@@ -22,7 +22,7 @@ class Situation:
     """A run between two optimizer steps. Selectors leave the model as they find it."""
 
     config: RunConfig
-    run: Pass
+    capture: Capture
     train: Split
     validation: Split
     moments: AdamMoments

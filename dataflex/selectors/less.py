@@ -48,13 +48,13 @@ def _recall(memory: Path, step: int) -> tuple[np.ndarray, float]:
 
 
 def _exact(situation: Situation) -> tuple[list[str], np.ndarray]:
-    config, run = situation.config, situation.run
+    config, capture = situation.config, situation.capture
     return exact_cosines(
-        run,
+        capture,
         situation.train.examples,
         situation.validation.examples,
-        make_direction(config.gradient_type, config.adam_formula, situation.moments, run.slots),
-        make_direction(config.eval_gradient_type, config.adam_formula, situation.moments, run.slots),
+        make_direction(config.gradient_type, config.adam_formula, situation.moments, capture.slots),
+        make_direction(config.eval_gradient_type, config.adam_formula, situation.moments, capture.slots),
         situation.progress,
         config.skip_bad_rows,
     )
@@ -64,7 +64,9 @@ def _stored(situation: Situation) -> tuple[list[str], np.ndarray]:
     paths = []
     for name, split in (("eval", situation.validation), ("train", situation.train)):
         path = situation.cache / f"{name}.h5"
-        collect(situation.config, situation.run, split, name, situation.moments, path, situation.progress, cache=True)
+        collect(
+            situation.config, situation.capture, split, name, situation.moments, path, situation.progress, cache=True
+        )
         paths.append(path)
     if processes.rank() > 0:
         return processes.broadcast(None)

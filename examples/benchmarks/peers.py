@@ -148,13 +148,13 @@ def prepare(config_file: str, folder: Path, count: int) -> None:
 def write_vectors(folder: Path) -> None:
     """What the peers' vectors are compared with, and what the projectors are given."""
     inputs, rows = read_inputs(folder)
-    run = run_ours.pass_of(inputs)
-    whole = Identity(run.parameters)
-    direction = run_ours.direction_of(run, inputs, formula="dataflex")
-    gradient = run_ours.direction_of(run, inputs, gradient_type="sgd")
+    capture = run_ours.capture_of(inputs)
+    whole = Identity(capture.parameters)
+    direction = run_ours.direction_of(capture, inputs, formula="dataflex")
+    gradient = run_ours.direction_of(capture, inputs, gradient_type="sgd")
     vectors = {
-        "direction": run_ours.project(run, rows[:MOST_VECTORS], direction, whole),
-        "gradient": run_ours.project(run, rows[:1], gradient, whole)[0],
+        "direction": run_ours.project(capture, rows[:MOST_VECTORS], direction, whole),
+        "gradient": run_ours.project(capture, rows[:1], gradient, whole)[0],
     }
     save_file(vectors, folder / "vectors.safetensors")
 

@@ -22,7 +22,7 @@ import torch
 from dataflex import load_config
 from dataflex.config import RunConfig
 from dataflex.data.examples import Split, load_split
-from dataflex.gradients.collect import checkpoint_pass
+from dataflex.gradients.collect import checkpoint_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import batches_of, project_rows
 from dataflex.gradients.projection import Projector, Queries, make_projector
@@ -69,22 +69,25 @@ def line(name: str, exact: np.ndarray, found: Sequence[np.ndarray]) -> str:
 
 def measure(config: RunConfig, train: Split, validation: Split, pad_token_id: int) -> list[str]:
     held = load_moments(Path(config.checkpoint[0]))
-    run = checkpoint_pass(config, Path(config.checkpoint[0]), pad_token_id)
-    direction = make_direction("adam", config.adam_formula, held, run.slots)
-    sketches = [make_projector("sketch", run.parameters, k, seed, run.device) for k in WIDTHS for seed in SEEDS]
+    capture = checkpoint_capture(config, Path(config.checkpoint[0]), pad_token_id)
+    direction = make_direction("adam", config.adam_formula, held, capture.slots)
+    sketches = [make_projector("sketch", capture.parameters, k, seed, capture.device) for k in WIDTHS for seed in SEEDS]
 
-    projectors = SideBySide([*sketches, Whole(run.parameters)])
-    images, mean = np.zeros((len(validation.examples), projectors.ends[-2]), np.float32), torch.zeros(run.parameters)
-    plain = make_direction("sgd", config.adam_formula, None, run.slots)
-    for rows in project_rows(run, validation.examples, [[i] for i in range(len(images))], plain, projectors):
-        image, vector = rows.vectors.cpu().split([projectors.ends[-2], run.parameters], dim=1)
+    projectors = SideBySide([*sketches, Whole(capture.parameters)])
+    images, mean = (
+        np.zeros((len(validation.examples), projectors.ends[-2]), np.float32),
+        torch.zeros(capture.parameters),
+    )
+    plain = make_direction("sgd", config.adam_formula, None, capture.slots)
+    for rows in project_rows(capture, validation.examples, [[i] for i in range(len(images))], plain, projectors):
+        image, vector = rows.vectors.cpu().split([projectors.ends[-2], capture.parameters], dim=1)
         images[rows.indices] = image
         mean += vector[0] / vector.norm() / len(images)
 
-    projectors = SideBySide([*sketches, Queries(mean[None].to(run.device))])
+    projectors = SideBySide([*sketches, Queries(mean[None].to(capture.device))])
     found = np.zeros((len(train.examples), projectors.dim), np.float32)
     for rows in project_rows(
-        run, train.examples, batches_of(run, train.examples, projectors.dim), direction, projectors
+        capture, train.examples, batches_of(capture, train.examples, projectors.dim), direction, projectors
     ):
         found[rows.indices] = rows.vectors.cpu()
     exact = found[:, -2] / np.sqrt(found[:, -1])
@@ -123,9 +126,9 @@ def stored(rows: np.ndarray, kind: str) -> np.ndarray:
 def in_bfloat16(config: RunConfig, train: Split, validation: Split, pad_token_id: int) -> np.ndarray:
     config = config.changed(bf16=True)
     held = load_moments(Path(config.checkpoint[0]))
-    run = checkpoint_pass(config, Path(config.checkpoint[0]), pad_token_id)
-    directions = [make_direction(kind, config.adam_formula, held, run.slots) for kind in ("adam", "sgd")]
-    return exact_cosines(run, train.examples, validation.examples, *directions)[1][0]
+    capture = checkpoint_capture(config, Path(config.checkpoint[0]), pad_token_id)
+    directions = [make_direction(kind, config.adam_formula, held, capture.slots) for kind in ("adam", "sgd")]
+    return exact_cosines(capture, train.examples, validation.examples, *directions)[1][0]
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ import torch
 from shared import Clock, Inputs, Row, batch_of_directions, load_model, read_inputs, repeated, report
 
 from dataflex.data.examples import Example
+from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import Direction, make_direction
-from dataflex.gradients.passes import Pass, batches_of, make_pass, project_rows
+from dataflex.gradients.passes import batches_of, project_rows
 from dataflex.gradients.projection import Projector, make_projector
 from dataflex.training.moments import load_moments
 
@@ -19,38 +20,38 @@ def examples_of(rows: list[Row]) -> list[Example]:
     return [Example(index, row["input_ids"], row["labels"], None, "rows.jsonl") for index, row in enumerate(rows)]
 
 
-def pass_of(inputs: Inputs) -> Pass:
-    return make_pass(load_model(inputs), torch.float32, inputs.pad_token_id, inputs.token_budget)
+def capture_of(inputs: Inputs) -> Capture:
+    return make_capture(load_model(inputs), torch.float32, inputs.pad_token_id, inputs.token_budget)
 
 
-def direction_of(run: Pass, inputs: Inputs, gradient_type: str = "adam", formula: str = "torch") -> Direction:
-    return make_direction(gradient_type, formula, load_moments(Path(inputs.checkpoint)), run.slots)
+def direction_of(capture: Capture, inputs: Inputs, gradient_type: str = "adam", formula: str = "torch") -> Direction:
+    return make_direction(gradient_type, formula, load_moments(Path(inputs.checkpoint)), capture.slots)
 
 
-def project(run: Pass, rows: list[Row], direction: Direction, projector: Projector) -> torch.Tensor:
+def project(capture: Capture, rows: list[Row], direction: Direction, projector: Projector) -> torch.Tensor:
     """[rows, k] in the order of `rows`."""
     examples = examples_of(rows)
-    batches = batches_of(run, examples, projector.dim)
+    batches = batches_of(capture, examples, projector.dim)
     vectors = torch.empty(len(rows), projector.dim)
-    for done in project_rows(run, examples, batches, direction, projector):
+    for done in project_rows(capture, examples, batches, direction, projector):
         vectors[done.indices] = done.vectors
     return vectors
 
 
 def measure_gradients(folder: Path, name: str, dim: int) -> None:
     inputs, rows = read_inputs(folder)
-    run, clock = pass_of(inputs), Clock()
-    direction = clock.timed("direction", direction_of(run, inputs))
-    projector = make_projector(name, run.parameters, dim, 0, "cpu")
+    capture, clock = capture_of(inputs), Clock()
+    direction = clock.timed("direction", direction_of(capture, inputs))
+    projector = make_projector(name, capture.parameters, dim, 0, "cpu")
     projector.add = clock.timed("projection", projector.add)
-    project(run, rows[-1:], direction, projector)
+    project(capture, rows[-1:], direction, projector)
     clock.seconds.clear()
     with clock.part("all"):
-        project(run, rows, direction, projector)
+        project(capture, rows, direction, projector)
     seconds = clock.seconds.pop("all")
     parts = {"forward and backward": seconds - sum(clock.seconds.values()), **clock.seconds}
-    batches = len(batches_of(run, examples_of(rows), dim))
-    note = f"{run.parameters:,} LoRA parameters; batches of at most {run.token_budget} tokens: {batches}"
+    batches = len(batches_of(capture, examples_of(rows), dim))
+    note = f"{capture.parameters:,} LoRA parameters; batches of at most {capture.token_budget} tokens: {batches}"
     report("dataflex", len(rows), sum(len(row["input_ids"]) for row in rows), seconds, parts, note)
 
 

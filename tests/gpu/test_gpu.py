@@ -16,7 +16,8 @@ import torch
 import dataflex
 from dataflex import load_config, open_store
 from dataflex.data.examples import load_split
-from dataflex.gradients.passes import Pass, batches_of, make_pass, project_rows
+from dataflex.gradients.capture import Capture, make_capture
+from dataflex.gradients.passes import batches_of, project_rows
 from dataflex.gradients.projection import Identity, Projector, make_projector
 from dataflex.model import add_lora, device, load_base_model, load_tokenizer
 
@@ -44,9 +45,9 @@ def trained(tiny_run):
     return model, list(load_split(config, tokenizer).examples), tokenizer.pad_token_id
 
 
-def gradients(run: Pass, rows: list, projector: Projector) -> torch.Tensor:
+def gradients(capture: Capture, rows: list, projector: Projector) -> torch.Tensor:
     vectors = torch.zeros(len(rows), projector.dim)
-    for done in project_rows(run, rows, batches_of(run, rows, projector.dim), lambda slot, g: g, projector):
+    for done in project_rows(capture, rows, batches_of(capture, rows, projector.dim), lambda slot, g: g, projector):
         vectors[done.indices] = done.vectors.cpu()
     return vectors
 
@@ -70,8 +71,8 @@ def test_projections_are_equal(gpu, name):
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradients_are_equal(gpu, trained, fused):
     model, rows, pad = trained
-    on_cpu = make_pass(model, torch.float32, pad, 200)
-    on_gpu = make_pass(copy.deepcopy(model).to(gpu), torch.float32, pad, 200)
+    on_cpu = make_capture(model, torch.float32, pad, 200)
+    on_gpu = make_capture(copy.deepcopy(model).to(gpu), torch.float32, pad, 200)
     exact = gradients(on_cpu, rows, Identity(on_cpu.parameters))
     found = gradients(replace(on_gpu, fused=fused), rows, Identity(on_gpu.parameters))
     assert cosines(exact, found).min() > 1 - 1e-6
@@ -81,9 +82,9 @@ def test_fast_jl_keeps_inner_products(gpu, trained):
     if find_spec("fast_jl") is None:
         pytest.skip("the package fast_jl is not installed")
     model, rows, pad = trained
-    run = make_pass(copy.deepcopy(model).to(gpu), torch.float32, pad, 200)
-    exact = gradients(run, rows, Identity(run.parameters))
-    image = gradients(run, rows, make_projector("fast_jl", run.parameters, 8192, 1, gpu))
+    capture = make_capture(copy.deepcopy(model).to(gpu), torch.float32, pad, 200)
+    exact = gradients(capture, rows, Identity(capture.parameters))
+    image = gradients(capture, rows, make_projector("fast_jl", capture.parameters, 8192, 1, gpu))
     norms = exact.norm(dim=1)
     error = (image @ image.T - exact @ exact.T) / torch.outer(norms, norms)
     assert error.abs().max() < 6 * (2 / 8192) ** 0.5

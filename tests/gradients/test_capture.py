@@ -11,9 +11,9 @@ import torch
 
 from dataflex.data.batches import collate
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients.capture import adapter_values, can_fuse, row_gradients, undisturbed
+from dataflex.gradients.capture import adapter_values, can_fuse, make_capture, row_gradients, undisturbed
 from dataflex.gradients.loss import row_losses
-from dataflex.gradients.passes import make_pass, mean_loss, project_rows
+from dataflex.gradients.passes import mean_loss, project_rows
 from dataflex.gradients.projection import Identity
 from dataflex.lora import layout, lora_pairs
 
@@ -114,9 +114,9 @@ def test_a_row_does_not_feel_its_neighbours(lora_model, rows):
 
 
 def test_the_loss_alone_needs_no_backward(lora_model, rows):
-    run = make_pass(lora_model, torch.float32, 0, 128)
+    capture = make_capture(lora_model, torch.float32, 0, 128)
     losses = [autograd_gradients(lora_model, example)[1] for example in rows]
-    assert mean_loss(run, rows) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert mean_loss(capture, rows) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def snapshot(model: torch.nn.Module) -> tuple:
@@ -148,9 +148,9 @@ def test_a_pass_leaves_the_model_bit_identical(lora_model, rows):
     lora_model(input_ids=torch.tensor([rows[2].input_ids]), labels=torch.tensor([rows[2].labels])).loss.backward()
     lora_model.base_model.model.model.layers[0].eval()  # a mode of its own must survive, too
     before = snapshot(lora_model)
-    run = make_pass(lora_model, torch.float32, 0, 128)
+    capture = make_capture(lora_model, torch.float32, 0, 128)
     batches = [[0], [1, 2, 3], [4]]
-    for _ in project_rows(run, rows, batches, lambda slot, gradient: gradient, Identity(run.parameters)):
+    for _ in project_rows(capture, rows, batches, lambda slot, gradient: gradient, Identity(capture.parameters)):
         assert_same(before, snapshot(lora_model))
     assert_same(before, snapshot(lora_model))
 
@@ -161,22 +161,22 @@ def test_the_model_is_restored_when_the_pass_fails(lora_model, rows):
     def fails(slot, gradient):
         raise RuntimeError("inside the hook")
 
-    run = make_pass(lora_model, torch.float32, 0, 128)
+    capture = make_capture(lora_model, torch.float32, 0, 128)
     with pytest.raises(RuntimeError, match="inside the hook"):
-        list(project_rows(run, rows, [[0, 1]], fails, Identity(run.parameters)))
+        list(project_rows(capture, rows, [[0, 1]], fails, Identity(capture.parameters)))
     assert_same(before, snapshot(lora_model))
 
 
 @pytest.mark.parametrize(("factor", "words"), [(float("nan"), "not finite"), (0.0, "all zero")])
 def test_a_bad_gradient_names_its_row(lora_model, rows, factor, words):
-    run = make_pass(lora_model, torch.float32, 0, 128)
+    capture = make_capture(lora_model, torch.float32, 0, 128)
 
     def spoil(slot, gradient):
         gradient[1] *= factor  # the second row of the batch
         return gradient
 
     with pytest.raises(DataflexError, match=f"row 3 of made: its gradient is {words}"):
-        list(project_rows(run, rows, [[0, 3]], spoil, Identity(run.parameters)))
+        list(project_rows(capture, rows, [[0, 3]], spoil, Identity(capture.parameters)))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -192,7 +192,7 @@ def test_frozen_parameters_get_no_gradient_and_nothing_below_the_first_pair_is_d
 
 def test_float16_is_refused(lora_model):
     with pytest.raises(UsageError, match="underflow in float16; use bf16"):
-        make_pass(lora_model, torch.float16, 0, 128)
+        make_capture(lora_model, torch.float16, 0, 128)
 
 
 def test_row_losses_match_without_lora(lora_model, rows):
@@ -208,7 +208,8 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 from conftest import row
 from dataflex import load_config
-from dataflex.gradients.passes import batches_of, make_pass, project_rows
+from dataflex.gradients.capture import make_capture
+from dataflex.gradients.passes import batches_of, project_rows
 from dataflex.gradients.projection import make_projector
 from dataflex.model import add_lora, load_base_model
 
@@ -226,10 +227,10 @@ for name, parameter in model.named_parameters():
 rows = [row(number, 500 - number, list(range({first}, 500 - number))) for number in range(24)]
 
 def vectors(budget):
-    run = make_pass(model, torch.float32, 0, budget)
-    projector = make_projector("sketch", run.parameters, 64, 1, "cpu")
+    capture = make_capture(model, torch.float32, 0, budget)
+    projector = make_projector("sketch", capture.parameters, 64, 1, "cpu")
     out = torch.zeros(len(rows), 64)
-    for done in project_rows(run, rows, batches_of(run, rows, 64), lambda slot, g: g, projector, Said()):
+    for done in project_rows(capture, rows, batches_of(capture, rows, 64), lambda slot, g: g, projector, Said()):
         out[done.indices] = done.vectors
     return out
 

@@ -13,7 +13,7 @@ _HOMES = {
     "warmup": "dataflex.training.runs",
     "train": "dataflex.training.runs",
     "grads": "dataflex.gradients.collect",
-    "open_store": "dataflex.gradients.store",
+    "open_store": "dataflex.store.reader",
     "score": "dataflex.influence.scoring",
     "select": "dataflex.influence.selection",
     "merge": "dataflex.merging",

@@ -32,11 +32,12 @@ from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import batches_of, project_rows
 from dataflex.gradients.projection import Projector, make_projector
-from dataflex.gradients.store_writer import StoreWriter, create_store
 from dataflex.lora import Slot
 from dataflex.model import add_lora, check_vocabulary, compute_dtype, load_base_model, load_tokenizer, on_device
 from dataflex.progress import SILENT, Progress
 from dataflex.provenance import device_name
+from dataflex.store.manifest import Manifest
+from dataflex.store.writer import StoreWriter, create_store
 from dataflex.training.moments import live_moments
 
 MOST_BATCHES = 4
@@ -51,7 +52,7 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
         of both; `sample` and `dataset` with their rows and tokens, and the seconds a gradient pass over the whole
         dataset would take.
     """
-    require(config, "bench", "model_name_or_path", "dataset")
+    require(config, "bench")
     tokenizer = load_tokenizer(config)
     split = load_split(config, tokenizer, "train", progress)
     dtype = compute_dtype(config)
@@ -188,7 +189,7 @@ def _collector(
     direction = make_direction(config.gradient_type, config.adam_formula, moments, capture.slots)
     dim = config.proj_dim or 1
     projector = make_projector(config.projector, capture.parameters, dim, config.proj_seed, capture.device)
-    manifest = {"store_dtype": config.store_dtype, "proj_dim": projector.dim, "parameters": [], "datasets": []}
+    manifest = Manifest(store_dtype=config.store_dtype, proj_dim=projector.dim)
     room = np.arange(4096)
     create_store(folder / "bench.h5", manifest=manifest, row=room, tokens=room, subtask=None)
 

@@ -7,8 +7,10 @@ each key is its help: the command line prints the same words.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from dataflex.keys import TRAINS, USERS, Decides, Key, mark_of, select_keys
 from dataflex.trainer_keys import TrainerKeys
 
 
@@ -74,19 +77,15 @@ LrSchedule = Literal[
 ]
 Share = Annotated[float, Field(gt=0, le=1)]
 
-# The keys that a component's `params` may set (its `seed` is `proj_seed` here).
-SELECTOR_KEYS = (
-    "gradient_type",
-    "adam_formula",
-    "proj_dim",
-    "projector",
-    "proj_seed",
-    "store_dtype",
-    "reduce",
-    "accumulate",
-    "cache_dir",
-    "token_budget",
-)
+# The marks of keys that have nothing more to say.
+ROWS = Key(Decides.ROWS)
+MODEL = Key(Decides.MODEL)
+TRAINING = Key(Decides.TRAINING)
+DIRECTION = Key(Decides.DIRECTION, component=True)
+PROJECTION = Key(Decides.PROJECTION, component=True)
+SELECTION = Key(Decides.SELECTION)
+MERGE = Key(Decides.MERGE)
+AS_RUN = Key(Decides.NOTHING)
 
 
 class RunConfig(BaseModel):
@@ -95,246 +94,257 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
     # --- model -----------------------------------------------------------------------------
-    model_name_or_path: str | None = None
+    model_name_or_path: Annotated[
+        str | None, Key(Decides.MODEL, path="input", by_content=True, needed_by=(*TRAINS, "grads", "merge", "bench"))
+    ] = None
     """Base model: a hub id, a local directory, or a .gguf file."""
-    adapter_name_or_path: Names | None = None
+    adapter_name_or_path: Annotated[
+        Names | None, Key(Decides.MODEL, path="input", by_content=True, needed_by=("merge",))
+    ] = None
     """LoRA adapters on the base: `merge` folds each in, in order; training folds all but the last, which it goes on
     from."""
-    create_new_adapter: bool = False
+    create_new_adapter: Annotated[bool, Key(Decides.MODEL, by_content=True)] = False
     """Fold every one of adapter_name_or_path into the base and train a new adapter on that."""
-    model_revision: str | None = None
+    model_revision: Annotated[str | None, Key(Decides.MODEL, by_content=True)] = None
     """Branch, tag or commit of a hub id."""
-    trust_remote_code: bool = False
+    trust_remote_code: Annotated[bool, MODEL] = False
     """Allow the model's repository to run its own code."""
-    flash_attn: Literal["auto", "disabled", "sdpa", "fa2", "fa3"] = "auto"
+    flash_attn: Annotated[Literal["auto", "disabled", "sdpa", "fa2", "fa3"], MODEL] = "auto"
     """Attention kernel; `auto` lets transformers choose, `disabled` is its eager code."""
-    quantization_bit: Literal[4, 8] | None = None
+    quantization_bit: Annotated[Literal[4, 8] | None, MODEL] = None
     """Load the frozen base in so many bits (QLoRA); needs the package bitsandbytes."""
-    quantization_method: Literal["bnb"] = "bnb"
+    quantization_method: Annotated[Literal["bnb"], MODEL] = "bnb"
     """What quantizes the base on loading: bitsandbytes."""
-    quantization_type: Literal["nf4", "fp4"] = "nf4"
+    quantization_type: Annotated[Literal["nf4", "fp4"], MODEL] = "nf4"
     """Number format of a 4-bit base."""
-    double_quantization: bool = True
+    double_quantization: Annotated[bool, MODEL] = True
     """Quantize the scales of a 4-bit base as well."""
-    upcast_layernorm: bool = False
+    upcast_layernorm: Annotated[bool, MODEL] = False
     """Keep the base's layer norms in float32."""
 
     # --- method ----------------------------------------------------------------------------
-    stage: Annotated[Literal["sft"], _only("sft", "rows are scored by its loss")] = "sft"
+    stage: Annotated[Literal["sft"], _only("sft", "rows are scored by its loss"), TRAINING] = "sft"
     """Training stage; supervised fine-tuning is the one there is."""
-    do_train: bool = True
+    do_train: Annotated[bool, AS_RUN] = True
     """Accepted for LLaMA-Factory files; the command says what is done."""
-    finetuning_type: Annotated[Literal["lora"], _only("lora", "gradients are taken at LoRA pairs")] = "lora"
+    finetuning_type: Annotated[Literal["lora"], _only("lora", "gradients are taken at LoRA pairs"), TRAINING] = "lora"
     """Gradients are taken at LoRA pairs, so `lora` is the one there is."""
-    lora_target: Annotated[Names, Field(min_length=1)] = ["all"]
+    lora_target: Annotated[Names, Field(min_length=1), TRAINING] = ["all"]
     """Modules that get a LoRA pair: names by comma, or `all` linear layers but the output head."""
-    lora_rank: PositiveInt = 8
+    lora_rank: Annotated[PositiveInt, TRAINING] = 8
     """Rank r of each LoRA pair."""
-    lora_alpha: PositiveFloat | None = None
+    lora_alpha: Annotated[PositiveFloat | None, TRAINING] = None
     """LoRA scale is alpha/r; 2·r when left out."""
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_dropout: Annotated[float, Field(ge=0, lt=1), TRAINING] = 0.0
     """Dropout before each LoRA pair in training; always off while gradients are collected."""
-    use_rslora: bool = False
+    use_rslora: Annotated[bool, TRAINING] = False
     """Scale by alpha/sqrt(r) instead of alpha/r."""
 
     # --- data ------------------------------------------------------------------------------
-    dataset: Names | None = None
+    dataset: Annotated[Names | None, Key(Decides.ROWS, path="input", needed_by=(*TRAINS, "bench"))] = None
     """Training data by comma: names in dataset_info.json, or json/jsonl files."""
-    eval_dataset: Names | None = None
+    eval_dataset: Annotated[Names | None, Key(Decides.ROWS, path="input", needed_by=("dynamic",))] = None
     """Validation data that selection aims at, written like `dataset`."""
-    dataset_dir: str = "data"
+    dataset_dir: Annotated[str, Key(Decides.ROWS, path="input", used_by=(*USERS[Decides.ROWS], "select"))] = "data"
     """Folder that holds dataset_info.json and the files it names."""
-    template: str | None = None
+    template: Annotated[str | None, Key(Decides.ROWS, used_by=(*USERS[Decides.ROWS], "merge"))] = None
     """Chat template by LLaMA-Factory's name; the tokenizer's own when left out."""
-    cutoff_len: PositiveInt = 2048
+    cutoff_len: Annotated[PositiveInt, ROWS] = 2048
     """Longest row in tokens; longer ones are truncated as LLaMA-Factory does, and counted."""
-    mix_strategy: Literal["concat"] = "concat"
+    mix_strategy: Annotated[Literal["concat"], ROWS] = "concat"
     """How several datasets become one: one after the other."""
-    max_samples: PositiveInt | None = None
+    max_samples: Annotated[PositiveInt | None, ROWS] = None
     """Use only the first rows of each dataset."""
-    train_on_prompt: bool = False
+    train_on_prompt: Annotated[bool, ROWS] = False
     """Supervise prompts as well as responses."""
-    mask_history: bool = False
+    mask_history: Annotated[bool, ROWS] = False
     """Supervise the last response of a conversation only."""
-    enable_thinking: bool | None = True
+    enable_thinking: Annotated[bool | None, ROWS] = True
     """In templates with thoughts, learn an empty one where there is none; null prompts it, false drops them all."""
-    preserve_thinking: bool = False
+    preserve_thinking: Annotated[bool, ROWS] = False
     """With mask_history, keep the thoughts of earlier responses, which are taken out otherwise."""
-    val_size: Annotated[float, Field(ge=0)] = 0.0
+    prompt_date: Annotated[date | None, ROWS] = None
+    """The day that a dated prompt tells, as 2026-01-31; when left out the day on which the run or the store began."""
+    val_size: Annotated[float, Field(ge=0), ROWS] = 0.0
     """Hold out this share of `dataset`, or this many rows from 1 on, as validation data in place of eval_dataset."""
-    overwrite_cache: bool = False
+    overwrite_cache: Annotated[bool, AS_RUN] = False
     """Tokenize again even where a cached result fits."""
-    preprocessing_num_workers: PositiveInt | None = None
+    preprocessing_num_workers: Annotated[PositiveInt | None, AS_RUN] = None
     """Processes that tokenize; never more than there are cores."""
-    dataloader_num_workers: NonNegativeInt = 0
+    dataloader_num_workers: Annotated[NonNegativeInt, AS_RUN] = 0
     """Processes that load evaluation batches during training; training rows are in memory."""
 
     # --- training --------------------------------------------------------------------------
-    output_dir: str | None = None
+    output_dir: Annotated[str | None, Key(Decides.NOTHING, path="output", needed_by=TRAINS)] = None
     """Folder for the adapter, its checkpoints and everything else a run writes."""
-    overwrite_output_dir: bool = False
+    overwrite_output_dir: Annotated[bool, AS_RUN] = False
     """Start afresh over what a former run left in output_dir."""
-    resume_from_checkpoint: bool | str | None = None
+    resume_from_checkpoint: Annotated[bool | str | None, AS_RUN] = None
     """The same command goes on from the newest checkpoint by itself: true or that checkpoint's path says as much,
     false refuses to go on, any other path is an error."""
-    seed: int = 42
+    seed: Annotated[int, TRAINING] = 42
     """Seed of LoRA's initial weights, of dropout and of the order of rows."""
-    per_device_train_batch_size: PositiveInt = 8
+    per_device_train_batch_size: Annotated[PositiveInt, TRAINING] = 8
     """Rows a device trains on at once."""
-    per_device_eval_batch_size: PositiveInt = 8
+    per_device_eval_batch_size: Annotated[PositiveInt, AS_RUN] = 8
     """Rows a device evaluates at once."""
-    gradient_accumulation_steps: PositiveInt = 1
+    gradient_accumulation_steps: Annotated[PositiveInt, TRAINING] = 1
     """Batches summed into one optimizer step."""
-    learning_rate: PositiveFloat = 5e-5
+    learning_rate: Annotated[PositiveFloat, TRAINING] = 5e-5
     """Peak learning rate of AdamW."""
-    num_train_epochs: PositiveFloat = 3.0
+    num_train_epochs: Annotated[PositiveFloat, Key(Decides.TRAINING, used_by=("train", "dynamic"))] = 3.0
     """Passes over the data; in `dynamic`, rounds of its schedule."""
-    max_steps: int = -1
+    max_steps: Annotated[int, TRAINING] = -1
     """Optimizer steps in all; overrides the epochs when positive."""
-    lr_scheduler_type: LrSchedule = "linear"
+    lr_scheduler_type: Annotated[LrSchedule, TRAINING] = "linear"
     """Learning-rate schedule by transformers' name, for instance cosine."""
-    lr_scheduler_kwargs: dict[str, Any] | None = None
+    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, TRAINING] = None
     """Further arguments of the schedule."""
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1), TRAINING] = 0.0
     """Share of the steps in which the learning rate rises."""
-    warmup_steps: NonNegativeFloat = 0
+    warmup_steps: Annotated[NonNegativeFloat, TRAINING] = 0
     """Steps in which the learning rate rises; a value below 1 is a share. Wins over warmup_ratio."""
-    optim: Literal["adamw_torch", "adamw_torch_fused"] = "adamw_torch_fused"
+    optim: Annotated[Literal["adamw_torch", "adamw_torch_fused"], TRAINING] = "adamw_torch_fused"
     """Optimizer; scores follow AdamW's own step."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Annotated[NonNegativeFloat, TRAINING] = 0.0
     """AdamW's weight decay."""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta1: Annotated[float, Field(ge=0, lt=1), TRAINING] = 0.9
     """AdamW's beta1."""
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_beta2: Annotated[float, Field(ge=0, lt=1), TRAINING] = 0.999
     """AdamW's beta2."""
-    adam_epsilon: PositiveFloat = 1e-8
+    adam_epsilon: Annotated[PositiveFloat, TRAINING] = 1e-8
     """AdamW's epsilon."""
-    max_grad_norm: NonNegativeFloat = 1.0
+    max_grad_norm: Annotated[NonNegativeFloat, TRAINING] = 1.0
     """Clip the batch gradient at this norm; 0 turns it off."""
-    bf16: bool = False
+    bf16: Annotated[bool, MODEL] = False
     """Compute in bfloat16; LoRA weights, moments and projections stay float32."""
-    fp16: bool = False
+    fp16: Annotated[bool, MODEL] = False
     """Compute in float16 with loss scaling."""
-    pure_bf16: bool = False
+    pure_bf16: Annotated[bool, MODEL] = False
     """bfloat16 for the LoRA weights too."""
-    disable_gradient_checkpointing: bool = False
+    disable_gradient_checkpointing: Annotated[bool, AS_RUN] = False
     """Keep activations instead of recomputing them: faster, more memory. Wins over gradient_checkpointing."""
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: Annotated[bool, AS_RUN] = True
     """Recompute activations in the backward pass of training: slower, less memory."""
-    neftune_noise_alpha: NonNegativeFloat | None = None
+    neftune_noise_alpha: Annotated[NonNegativeFloat | None, TRAINING] = None
     """Noise on the embeddings in training; always off while gradients are collected."""
-    logging_steps: Steps = 10
+    logging_steps: Annotated[Steps, AS_RUN] = 10
     """Write a line to trainer_log.jsonl every so many steps; below 1 a share of the run."""
-    save_steps: Steps = 500
+    save_steps: Annotated[Steps, AS_RUN] = 500
     """Write a checkpoint every so many steps; below 1 a share of the run."""
-    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    save_strategy: Annotated[Literal["no", "steps", "epoch"], AS_RUN] = "steps"
     """When to write checkpoints; the end of the run always writes one."""
-    save_total_limit: PositiveInt | None = None
+    save_total_limit: Annotated[PositiveInt | None, AS_RUN] = None
     """Keep only the newest checkpoints."""
-    save_only_model: bool = False
+    save_only_model: Annotated[bool, AS_RUN] = False
     """Leave the resume state out of checkpoints; the Adam moments are written all the same."""
-    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    eval_strategy: Annotated[Literal["no", "steps", "epoch"], TRAINING] = "no"
     """When to evaluate on eval_dataset during training."""
-    eval_steps: Steps | None = None
+    eval_steps: Annotated[Steps | None, TRAINING] = None
     """Evaluate every so many steps, below 1 a share of the run; logging_steps when left out."""
-    plot_loss: bool = False
+    plot_loss: Annotated[bool, AS_RUN] = False
     """Draw training_loss.png."""
-    report_to: Annotated[str | list[str], BeforeValidator(_report_to)] = "none"
+    report_to: Annotated[str | list[str], BeforeValidator(_report_to), AS_RUN] = "none"
     """Experiment trackers by transformers' names, several by comma; all, or none."""
-    run_name: str | None = None
+    run_name: Annotated[str | None, AS_RUN] = None
     """The run's name in a tracker."""
-    logging_dir: str | None = None
+    logging_dir: Annotated[str | None, Key(Decides.NOTHING, path="output")] = None
     """Folder of TensorBoard's log; one in output_dir when left out."""
-    ddp_timeout: PositiveInt = 1800
+    ddp_timeout: Annotated[PositiveInt, AS_RUN] = 1800
     """Seconds a collective operation may take."""
-    deepspeed: str | None = None
+    deepspeed: Annotated[str | None, Key(Decides.NOTHING, path="input")] = None
     """DeepSpeed configuration file."""
-    training_arguments: TrainerKeys = TrainerKeys()
+    training_arguments: Annotated[TrainerKeys, AS_RUN] = TrainerKeys()
     """Further keys of transformers' TrainingArguments; in a YAML they stand beside the others, without this one."""
 
     # --- dynamic selection -----------------------------------------------------------------
-    train_type: Literal["dynamic_select"] = "dynamic_select"
+    train_type: Annotated[Literal["dynamic_select"], Key(Decides.TRAINING, used_by=("dynamic",))] = "dynamic_select"
     """DataFlex's mode; selecting rows is the one there is."""
-    components_cfg_file: str | None = None
+    components_cfg_file: Annotated[str | None, Key(Decides.NOTHING, path="input")] = None
     """YAML of selectors and their parameters; the packaged defaults when left out."""
-    component_name: str = "less"
+    component_name: Annotated[str, AS_RUN] = "less"
     """Which selector picks the rows: less, random, or a name in components_cfg_file."""
-    selector: Literal["less", "random"] = "less"
+    selector: Annotated[Literal["less", "random"], Key(Decides.SCORES, used_by=("dynamic",))] = "less"
     """The algorithm behind component_name (its `name` in components_cfg_file)."""
-    warmup_step: NonNegativeInt = 10
+    warmup_step: Annotated[NonNegativeInt, Key(Decides.TRAINING, used_by=("warmup", "dynamic"))] = 10
     """Optimizer steps on random rows before the first selection."""
-    update_step: PositiveInt = 10
+    update_step: Annotated[PositiveInt, Key(Decides.TRAINING, used_by=("dynamic",))] = 10
     """Optimizer steps trained on each selection."""
-    update_times: NonNegativeInt = 2
+    update_times: Annotated[NonNegativeInt, Key(Decides.TRAINING, used_by=("dynamic",))] = 2
     """Selections in a round of warmup_step + update_step × update_times steps."""
-    train_step: PositiveInt | None = None
+    train_step: Annotated[PositiveInt | None, Key(Decides.TRAINING, used_by=("dynamic",))] = None
     """Optimizer steps of `dynamic` in all, when fewer than its rounds make."""
 
     # --- selector parameters ---------------------------------------------------------------
-    gradient_type: Literal["adam", "sgd", "sign"] = "adam"
+    gradient_type: Annotated[Literal["adam", "sgd", "sign"], DIRECTION] = "adam"
     """Direction a training row is scored by: the Adam step on that row, its gradient, or its sign."""
-    eval_gradient_type: Literal["adam", "sgd", "sign"] = "sgd"
+    eval_gradient_type: Annotated[Literal["adam", "sgd", "sign"], DIRECTION] = "sgd"
     """The same for validation rows."""
-    adam_formula: Literal["torch", "dataflex", "less"] = "torch"
+    adam_formula: Annotated[Literal["torch", "dataflex", "less"], DIRECTION] = "torch"
     """Adam's step: bias-corrected as torch's, without correction (dataflex), or with epsilon in the root (less)."""
-    proj_dim: PositiveInt | None = 8192
+    proj_dim: Annotated[PositiveInt | None, PROJECTION] = 8192
     """Dimensions a gradient is projected to; null scores exactly and keeps no store."""
-    projector: Literal["sketch", "rademacher", "fast_jl", "none"] = "sketch"
+    projector: Annotated[Literal["sketch", "rademacher", "fast_jl", "none"], PROJECTION] = "sketch"
     """How: a sparse sketch (one pass over the parameters), dense random signs (rademacher; fast_jl on CUDA, through
     the package of that name), or not at all."""
-    proj_seed: NonNegativeInt = 123
+    proj_seed: Annotated[NonNegativeInt, PROJECTION] = 123
     """Seed of the projection (`seed` in a component's params)."""
-    store_dtype: Literal["float16", "float32", "int8", "int1"] = "float16"
+    store_dtype: Annotated[Literal["float16", "float32", "int8", "int1"], Key(Decides.STORE, component=True)] = (
+        "float16"
+    )
     """Number format of stored gradients."""
-    reduce: Literal["mean", "max", "round-robin"] = "max"
+    reduce: Annotated[Literal["mean", "max", "round-robin"], Key(Decides.SCORES, component=True)] = "max"
     """How the subtasks of the validation data become one score."""
-    accumulate: bool = True
+    accumulate: Annotated[bool, Key(Decides.SCORES, used_by=("dynamic",), component=True)] = True
     """Sum scores over the selections so far, weighted by learning rate; false uses the latest alone."""
-    cache_dir: str | None = None
+    cache_dir: Annotated[str | None, Key(Decides.NOTHING, path="output", component=True)] = None
     """Folder in which `dynamic` keeps its gradient stores; removed after use when left out."""
-    token_budget: PositiveInt | None = None
+    token_budget: Annotated[PositiveInt | None, Key(Decides.NOTHING, component=True)] = None
     """Tokens, padding included, in a batch of gradient rows; what the device's free memory allows when left out."""
-    skip_bad_rows: bool = False
+    skip_bad_rows: Annotated[bool, AS_RUN] = False
     """Leave out rows whose gradient is all zero or not finite, and say which; otherwise they end the command."""
 
     # --- what single commands read and write -----------------------------------------------
-    checkpoint: Names | None = None
+    checkpoint: Annotated[
+        Names | None,
+        Key(Decides.MODEL, used_by=("grads", "score"), needed_by=("grads",), path="input", by_content=True),
+    ] = None
     """Checkpoint directories that warmup or train wrote."""
-    split: Literal["train", "eval"] = "train"
+    split: Annotated[Literal["train", "eval"], Key(Decides.ROWS, used_by=("grads", "bench"))] = "train"
     """Collect gradients of `dataset` (train) or of `eval_dataset` (eval)."""
-    output: str | None = None
+    output: Annotated[str | None, Key(Decides.NOTHING, path="output", needed_by=("grads", "score", "select"))] = None
     """The file to write."""
-    train_stores: Names | None = None
+    train_stores: Annotated[Names | None, Key(Decides.SCORES, used_by=("score",), path="input", by_content=True)] = None
     """Gradient stores of the training rows, one per checkpoint."""
-    eval_stores: Names | None = None
+    eval_stores: Annotated[Names | None, Key(Decides.SCORES, used_by=("score",), path="input", by_content=True)] = None
     """Gradient stores of the validation rows, paired with train_stores in order."""
-    weights: str = "lr"
+    weights: Annotated[str, Key(Decides.SCORES, used_by=("score",))] = "lr"
     """Weight of each checkpoint: lr (its learning rate), uniform, or numbers by comma."""
-    exact: bool = False
+    exact: Annotated[bool, Key(Decides.SCORES, used_by=("score",))] = False
     """Score with unprojected gradients taken from the checkpoints; no store."""
-    scores: str | None = None
+    scores: Annotated[str | None, Key(Decides.SELECTION, path="input", by_content=True, needed_by=("select",))] = None
     """Score file that `score` wrote."""
-    data: Names | None = None
+    data: Annotated[Names | None, Key(Decides.SELECTION, path="input", by_content=True)] = None
     """Dataset names or files the scores belong to; `dataset` when left out."""
-    top: Share | None = None
+    top: Annotated[Share | None, SELECTION] = None
     """Select this share of the scored rows."""
-    count: PositiveInt | None = None
+    count: Annotated[PositiveInt | None, SELECTION] = None
     """Select this many rows."""
-    threshold: float | None = None
+    threshold: Annotated[float | None, SELECTION] = None
     """Select the rows that score at least this."""
-    plain: bool = False
+    plain: Annotated[bool, SELECTION] = False
     """Leave the `dataflex` field out of selected rows."""
-    overwrite: bool = False
+    overwrite: Annotated[bool, AS_RUN] = False
     """Replace what is at the output path."""
 
     # --- merge -----------------------------------------------------------------------------
-    export_dir: str | None = None
+    export_dir: Annotated[str | None, Key(Decides.MERGE, path="output", needed_by=("merge",))] = None
     """Folder for the merged model."""
-    export_size: PositiveInt = 5
+    export_size: Annotated[PositiveInt, MERGE] = 5
     """Largest file of the merged model, in GB."""
-    export_device: Literal["cpu", "auto"] = "cpu"
+    export_device: Annotated[Literal["cpu", "auto"], MERGE] = "cpu"
     """Device that merges; auto uses a GPU if there is one."""
-    export_legacy_format: bool = False
+    export_legacy_format: Annotated[bool, MERGE] = False
     """Write .bin files instead of safetensors."""
 
     @model_validator(mode="after")
@@ -391,17 +401,66 @@ class RunConfig(BaseModel):
         return self.exact or self.proj_dim is None
 
 
+def key_marks() -> dict[str, Key]:
+    """The mark of every key that a YAML may set, in order.
+
+    Raises:
+        TypeError: naming a key that has none.
+    """
+    marks = {name: mark_of(field.metadata) for name, field in RunConfig.model_fields.items()}
+    further = get_type_hints(TrainerKeys, include_extras=True)
+    marks |= {name: mark_of(getattr(hint, "__metadata__", ())) for name, hint in further.items()}
+    unmarked = [name for name, mark in marks.items() if mark is None]
+    if unmarked:
+        raise TypeError(f"keys without a mark of what they decide: {', '.join(unmarked)}")
+    return {name: mark for name, mark in marks.items() if mark is not None}
+
+
+MARKS = key_marks()
+COMPONENT_KEYS = select_keys(MARKS, lambda mark: mark.component)
+"""The keys that a component's `params` may set (its `seed` is `proj_seed` here)."""
+INPUT_KEYS = select_keys(MARKS, lambda mark: mark.path == "input")
+"""The keys that name something to read."""
+PATH_KEYS = select_keys(MARKS, lambda mark: mark.path is not None)
+"""The keys that name something to read or to write."""
+ROW_KEYS = select_keys(MARKS, lambda mark: mark.decides is Decides.ROWS)
+"""The keys that decide which examples there are."""
+
+
+def values_of(config: RunConfig, keys: Iterable[str]) -> dict[str, Any]:
+    """The values of `keys` by name, as JSON holds them. A key that TrainingArguments takes as it stands and that is
+    not set is null."""
+    values = config.model_dump(mode="json")
+    values |= values.pop("training_arguments")
+    return {key: values.get(key) for key in keys}
+
+
+def default_of(key: str) -> Any:
+    """The value of a key that is not set, as JSON holds it; None for a key that is not known."""
+    return RunConfig().model_dump(mode="json").get(key)
+
+
+def needed_keys(command: str) -> tuple[str, ...]:
+    """The keys that `command` cannot run without."""
+    return select_keys(MARKS, lambda mark: command in mark.needed_by)
+
+
 def help_of(key: str) -> str:
     """The docstring of a key, as one line."""
     return " ".join((RunConfig.model_fields[key].description or "").split())
 
 
-def require(config: RunConfig, command: str, *keys: str) -> None:
-    """Raise a UsageError that names every one of `keys` that `command` needs and `config` lacks."""
+def require(config: RunConfig, command: str, *further: str) -> None:
+    """Raise a UsageError that names every key that `command` needs and `config` lacks: those whose mark says so, and
+    the `further` ones."""
     from dataflex.errors import UsageError
 
     # held-out rows stand in for eval_dataset
-    missing = [key for key in keys if not getattr(config, key) and not (key == "eval_dataset" and config.val_size)]
+    missing = [
+        key
+        for key in dict.fromkeys([*needed_keys(command), *further])
+        if not getattr(config, key) and not (key == "eval_dataset" and config.val_size)
+    ]
     if missing:
         lines = [f"  {key}: {help_of(key)}" for key in missing]
         raise UsageError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dataflex.config import SELECTOR_KEYS, RunConfig
+from dataflex.config import COMPONENT_KEYS, INPUT_KEYS, PATH_KEYS, RunConfig
 from dataflex.errors import UsageError
 from dataflex.peer_keys import NEUTRAL, PEER_KEYS, PEER_PARAMS, REFUSED_KEYS, RENAMED_KEYS
 from dataflex.trainer_keys import TrainerKeys
@@ -25,23 +26,6 @@ PACKAGED_COMPONENTS: dict[str, dict[str, Any]] = {
     "less": {"name": "less", "params": {}},
     "random": {"name": "random", "params": {}},
 }
-
-# Keys that name something to read; a relative one is looked up from the working directory, then
-# from the YAML's own folder.
-INPUT_KEYS = (
-    "components_cfg_file",
-    "dataset_dir",
-    "deepspeed",
-    "model_name_or_path",
-    "adapter_name_or_path",
-    "dataset",
-    "eval_dataset",
-    "checkpoint",
-    "train_stores",
-    "eval_stores",
-    "scores",
-    "data",
-)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -90,12 +74,17 @@ def load_config(
     _gather_trainer_keys(values)
     known = [*RunConfig.model_fields, *TrainerKeys.__annotations__]
     unused = _drop_peer_keys(values, known, PEER_KEYS, "key", problems)
+    _expand_paths(values, problems)
     if folder is not None:
         for key in INPUT_KEYS:
             if values.get(key) is not None:
                 values[key] = _locate(values[key], folder)
+        default_dir = RunConfig.model_fields["dataset_dir"].default
+        if "dataset_dir" not in values and not os.path.exists(default_dir) and os.path.exists(folder / default_dir):
+            values["dataset_dir"] = str(folder / default_dir)
 
     defaults, unused_params = _component(values, problems)
+    _expand_paths(defaults, problems)
     values = {**defaults, **values}
     try:
         config = RunConfig.model_validate(values)
@@ -195,6 +184,27 @@ def _drop_peer_keys(
     return unused
 
 
+def _expand_paths(values: dict[str, Any], problems: list[str]) -> None:
+    """Put the home folder for `~` and a variable's value for `$NAME` in every key that names a path."""
+    for key in PATH_KEYS:
+        if key in values:
+            values[key] = _expanded(values[key], key, problems)
+
+
+def _expanded(value: Any, key: str, problems: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_expanded(item, key, problems) for item in value]
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if not isinstance(value, str) or os.path.exists(value):  # a file may be called so
+        return value
+    expanded = ",".join(os.path.expanduser(os.path.expandvars(part.strip())) for part in value.split(","))
+    unset = re.search(r"\$(\w+|\{[^}]*\})", expanded)
+    if unset:
+        problems.append(f"key {key!r}: the environment has no variable {unset.group().strip('${}')}, in {value!r}")
+    return expanded if "~" in value or "$" in value else value
+
+
 def _locate(value: Any, folder: Path) -> Any:
     """A relative path that only exists beside the YAML becomes a path that leads there."""
     if isinstance(value, list):
@@ -236,7 +246,7 @@ def _component(values: dict[str, Any], problems: list[str]) -> tuple[dict[str, A
     params = dict(component.get("params") or {})
     if "seed" in params:
         params["proj_seed"] = params.pop("seed")
-    unused = _drop_peer_keys(params, SELECTOR_KEYS, PEER_PARAMS, f"{where}, {name!r}: parameter", problems)
+    unused = _drop_peer_keys(params, COMPONENT_KEYS, PEER_PARAMS, f"{where}, {name!r}: parameter", problems)
     return {**params, "selector": component.get("name", name)}, unused
 
 

@@ -26,7 +26,7 @@ from dataflex.selectors import Situation, make_selector
 from dataflex.training.arguments import training_arguments
 from dataflex.training.plots import plot_loss
 from dataflex.training.resume import last_checkpoint, step_of
-from dataflex.training.runs import already_finished, begin, check_run_folder, origin_of, trainable_model
+from dataflex.training.runs import already_finished, begin, check_run_folder, dated_run, origin_of, trainable_model
 from dataflex.training.schedule import Schedule, dynamic_schedule, scheduled_rows
 from dataflex.training.trainer import RowTrainer, fit
 
@@ -36,12 +36,13 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
 
     Started again after it was stopped, it goes on from its last checkpoint and ends the same.
     """
-    require(config, "dynamic", "model_name_or_path", "dataset", "eval_dataset", "output_dir")
+    require(config, "dynamic")
     check_run_folder(config)
     if not config.is_exact:
         check_projector(config.projector, config.proj_dim, device())
     schedule = dynamic_schedule(config)
     processes.join(config.ddp_timeout, config.deepspeed is not None)
+    config = dated_run(config)
     watch = Stopwatch()
     with watch.phase("data"):
         tokenizer = load_tokenizer(config)
@@ -49,7 +50,7 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
         validation = load_split(config, tokenizer, "eval", progress)
         check_selection_size(schedule, train)
     output_dir = Path(config.output_dir)
-    came_from = origin_of(config, "dynamic", train, validation)
+    came_from = origin_of(config, "dynamic", train, validation, progress)
     if already_finished(config, came_from, progress):
         return output_dir
     args = training_arguments(config, schedule.total_steps)

@@ -26,12 +26,6 @@ ADAPTER, ADAPTER_CONFIG, MOMENTS, RUN = (
 )
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
-# Of a store's manifest, what tells a reader where it came from.
-MANIFEST_KEYS = (
-    *("model_name_or_path", "split", "dataset", "template", "cutoff_len", "max_samples", "gradient_type"),
-    *("adam_formula", "projector", "proj_dim", "proj_seed", "store_dtype", "step", "learning_rate", "data", "versions"),
-)
-
 
 @dataclass
 class Inspection:
@@ -91,7 +85,7 @@ def _starts_with(path: Path, signature: bytes) -> bool:
 
 
 def _inspect_store(path: Path) -> Inspection:
-    from dataflex.gradients.store import GradientStore
+    from dataflex.store.reader import GradientStore
 
     with GradientStore(path) as store:
         done = store.done.astype(bool)
@@ -100,7 +94,7 @@ def _inspect_store(path: Path) -> Inspection:
             "done": int(done.sum()),
             "dimensions": store.dim,
             "bytes": path.stat().st_size,
-            **{key: store.manifest[key] for key in MANIFEST_KEYS if store.manifest.get(key) is not None},
+            **store.manifest.summary(),
         }
         if store.subtask is not None:
             facts["subtasks"] = sorted(set(store.subtask) - {""})
@@ -109,8 +103,10 @@ def _inspect_store(path: Path) -> Inspection:
             facts["skipped"] = int(bad.sum())
         if (done & ~bad).any():
             facts["mean_loss"] = float(store.loss[done & ~bad].mean())
-        missing = store.row[~done]
+        missing, damaged = store.row[~done], store.damaged_rows()
     problems = [f"{len(missing)} of {len(done)} rows are not done (first: row {missing[0]})"] if len(missing) else []
+    if damaged:
+        problems.append(f"{len(damaged)} rows are not as they were written (first: row {damaged[0]})")
     if not store.sound:
         problems.append("its manifest or its rows do not have the checksum they were written with")
     return Inspection("store", str(path), facts, problems)

@@ -53,7 +53,7 @@ def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
             nothing is written.
         DataflexError: if merging changed nothing.
     """
-    require(config, "merge", "model_name_or_path", "adapter_name_or_path", "export_dir")
+    require(config, "merge")
     export_dir = check_export_dir(config)
     tokenizer = load_tokenizer(config)
     chat = _prepare_chat(tokenizer, config.template)

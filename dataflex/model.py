@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,6 @@ from torch import nn
 
 from dataflex.config import RunConfig, require
 from dataflex.errors import DataflexError, UsageError
-from dataflex.files import sha256_of
 from dataflex.lora import lora_targets
 
 if TYPE_CHECKING:
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
-MODEL_FILES = ("*.safetensors", "*.bin", "config.json")
 
 
 def model_source(config: RunConfig, local_only: bool = False) -> dict[str, Any]:
@@ -234,11 +230,6 @@ def adapter_folder(path: str | Path) -> Path:
     return folder
 
 
-def adapter_fingerprint(path: str | Path) -> str:
-    """sha256 of the adapter's weights."""
-    return sha256_of(adapter_folder(path) / "adapter_model.safetensors")
-
-
 def check_adapter_fits(model: nn.Module, path: str | Path) -> None:
     """Raise a UsageError unless every LoRA tensor in `path` has a layer of its shape in `model`."""
     from safetensors import SafetensorError, safe_open
@@ -296,28 +287,3 @@ def check_vocabulary(model: nn.Module, examples: list[Any], template: str | None
                 f"row {example.row} of {example.dataset}: token {max(example.input_ids)}, but the model has {rows} "
                 f"embeddings; template {template!r} does not fit this model"
             )
-
-
-def model_fingerprint(config: RunConfig) -> str:
-    """What tells one base model from another: its files, the adapters folded into it, and how it is quantized."""
-    parts = [_files_fingerprint(config), *map(adapter_fingerprint, config.folded_adapters)]
-    if config.quantization_bit is not None:
-        parts.append(f"{config.quantization_bit}-bit")
-    if config.quantization_bit == 4:
-        parts.append(f"{config.quantization_type}, {'double' if config.double_quantization else 'single'}")
-    return " + ".join(parts)
-
-
-def _files_fingerprint(config: RunConfig) -> str:
-    """Without reading the weights: local files' names, sizes and config.json; the hub's commit where the model came
-    from there; else its name."""
-    path = Path(config.model_name_or_path)
-    if path.is_file():
-        return f"{path.name}:{path.stat().st_size}"
-    if path.is_dir():
-        files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
-        sizes = [(file.name, file.stat().st_size) for file in files]
-        text = json.dumps(sizes) + (path / "config.json").read_text(encoding="utf-8")
-        return hashlib.sha256(text.encode()).hexdigest()
-    commit = getattr(load_model_config(config), "_commit_hash", None)
-    return commit or config.model_name_or_path

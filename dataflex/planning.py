@@ -11,21 +11,10 @@ from dataflex.data.examples import Split, load_split, split_names
 from dataflex.data.preview import first_row, summary
 from dataflex.errors import UsageError
 from dataflex.files import check_output_file
+from dataflex.keys import TRAINS
 from dataflex.progress import SILENT, Progress
 
-STORE_BYTES = {"float16": 2.0, "float32": 4.0, "int8": 1.0, "int1": 0.125}
-
-NEEDS = {
-    "warmup": ("model_name_or_path", "dataset", "output_dir"),
-    "train": ("model_name_or_path", "dataset", "output_dir"),
-    "dynamic": ("model_name_or_path", "dataset", "eval_dataset", "output_dir"),
-    "grads": ("model_name_or_path", "checkpoint", "output"),
-    "score": ("output",),
-    "select": ("scores", "output"),
-    "bench": ("model_name_or_path", "dataset"),
-    "merge": ("model_name_or_path", "adapter_name_or_path", "export_dir"),
-}
-TRAINS = ("warmup", "train", "dynamic")
+HEADER_BYTES = 12  # a row: its number and its supervised tokens
 
 
 @dataclass
@@ -47,8 +36,8 @@ def plan(config: RunConfig, command: str, progress: Progress = SILENT) -> Plan:
         UsageError: for whatever would stop the command before it writes anything, as far as that shows
             without the weights.
     """
-    require(config, command, *NEEDS[command])
-    result = Plan(command, config.model_dump(exclude_none=True))
+    require(config, command)
+    result = Plan(command, config.model_dump(mode="json", exclude_none=True))
     _check_outputs(config, command)
     splits = _load_splits(config, command, result, progress)
     if command in TRAINS:
@@ -147,6 +136,7 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
     from dataflex.gradients.projection import check_projector
     from dataflex.lora import layout, lora_pairs
     from dataflex.model import add_lora, compute_dtype, device, load_model_config
+    from dataflex.store.layout import RowLayout
 
     try:
         architecture = load_model_config(config, local_only=True)
@@ -161,8 +151,8 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
     dim = adapter if config.projector == "none" else config.proj_dim or 0
     rows = {name: len(split.examples) for name, split in splits.items()}
     if command == "grads" or (command == "dynamic" and not config.is_exact):
-        per_row = dim * STORE_BYTES[config.store_dtype] + 17
-        result.sizes["store_bytes"] = int(sum(rows.values()) * per_row)
+        layout_of_rows = RowLayout(config.store_dtype, dim)
+        result.sizes["store_bytes"] = sum(rows.values()) * (layout_of_rows.row_bytes + HEADER_BYTES)
     if command in ("grads", "bench", "dynamic") and not config.is_exact:
         check_projector(config.projector, config.proj_dim, device())
     shape = shape_of(architecture, base_parameters, adapter, compute_dtype(config).itemsize)

@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,64 +21,11 @@ from dataflex import processes
 from dataflex.config import RunConfig, save_config
 from dataflex.errors import UsageError
 from dataflex.files import write_json
-from dataflex.masking import masked
+from dataflex.origin import Origin
 
 LIBRARIES = ("dataflex", "torch", "transformers", "peft", "accelerate", "datasets", "h5py", "deepspeed")
 FILE_NAME = "run.json"
 LOCK_NAME = ".lock"
-
-# Keys that say where and how to run, not what comes out.
-INCIDENTAL = {
-    "output_dir",
-    "overwrite",
-    "overwrite_output_dir",
-    "overwrite_cache",
-    "cache_dir",
-    "components_cfg_file",
-    "component_name",
-    "dataset_dir",
-    "do_train",
-    "do_eval",
-    "token_budget",
-    "skip_bad_rows",
-    "logging_steps",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
-    "save_only_model",
-    "plot_loss",
-    "report_to",
-    "run_name",
-    "ddp_timeout",
-    "preprocessing_num_workers",
-    "dataloader_num_workers",
-    "deepspeed",
-    "per_device_eval_batch_size",
-    "resume_from_checkpoint",
-    "logging_dir",
-    "dataloader_persistent_workers",
-    "dataloader_pin_memory",
-    "dataloader_prefetch_factor",
-    "ddp_broadcast_buffers",
-    "ddp_bucket_cap_mb",
-    "ddp_find_unused_parameters",
-    "ddp_static_graph",
-    "eval_accumulation_steps",
-    "include_num_input_tokens_seen",
-    "log_level",
-    "log_level_replica",
-    "log_on_each_node",
-    "logging_first_step",
-    "logging_nan_inf_filter",
-    "logging_strategy",
-    "prediction_loss_only",
-    "project",
-    "skip_memory_metrics",
-    "torch_empty_cache_steps",
-    "trackio_bucket_id",
-    "trackio_space_id",
-    "trackio_static_space_id",
-}
 
 # What a former run leaves in its folder and a fresh start must not find.
 REMAINS = ("checkpoint-*", "selections", "gradients", "trainer_log.jsonl", FILE_NAME)
@@ -121,16 +68,6 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
 
 
-def origin(config: RunConfig, command: str, **facts: Any) -> dict[str, Any]:
-    """Everything that decides what a run comes to, as JSON holds it: its keys but the incidental ones, and `facts`
-    about its inputs."""
-    values = config.model_dump()
-    values.update(values.pop("training_arguments"))
-    keys = {key: value for key, value in values.items() if key not in INCIDENTAL}
-    facts = {"command": command, **keys, "rows_per_step": config.rows_per_step, **facts}
-    return masked(json.loads(json.dumps(facts)))
-
-
 class RunRecord:
     """The run.json of an output directory. Rank 0 writes it; every process may read it."""
 
@@ -165,8 +102,13 @@ def read_record(folder: Path) -> RunRecord | None:
         return None
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: not readable ({error}); give --overwrite to start afresh") from None
-    if not isinstance(facts, dict) or not isinstance(facts.get("origin"), dict):
-        raise UsageError(f"{path}: not a record of a run; give --overwrite to start afresh, or another output_dir")
+    try:
+        Origin.from_json(facts["origin"])
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(
+            f"{path}: not a record of a run that this version wrote; give --overwrite to start afresh, or another "
+            "output_dir"
+        ) from None
     return RunRecord(folder, facts)
 
 
@@ -200,7 +142,7 @@ def lock(folder: Path) -> Lock:
     return Lock(handle)
 
 
-def find_record(config: RunConfig, came_from: Mapping[str, Any]) -> RunRecord | None:
+def find_record(config: RunConfig, came_from: Origin) -> RunRecord | None:
     """The record of the run that was begun in `output_dir`, None for a fresh start. Writes nothing.
 
     Raises:
@@ -214,36 +156,31 @@ def find_record(config: RunConfig, came_from: Mapping[str, Any]) -> RunRecord | 
     return record
 
 
-def open_record(config: RunConfig, came_from: Mapping[str, Any]) -> RunRecord:
+def open_record(config: RunConfig, came_from: Origin) -> RunRecord:
     """Begin a run in `output_dir`, or take up the one that was begun there. Every process calls this."""
     folder = Path(config.output_dir)
     locked = lock(folder) if processes.rank() == 0 else None
     record = find_record(config, came_from)
     processes.barrier()  # every process has looked before the first one writes
     if record is None:
-        record = RunRecord(folder, {"command": came_from["command"], "finished": False, "origin": dict(came_from)})
+        record = RunRecord(folder, {"command": came_from.command, "finished": False, "origin": came_from.as_json()})
         if processes.rank() == 0:
             for pattern in REMAINS:
                 for path in folder.glob(pattern):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             save_config(config, folder / "config.yaml")
-        record.note(versions=versions(), device=device_name(), processes=processes.size())
+        record.note(
+            versions=versions(), device=device_name(), processes=processes.size(), prompt_date=str(config.prompt_date)
+        )
         processes.barrier()
     record.locked = locked
     return record
 
 
-def _check_same_run(record: RunRecord, came_from: Mapping[str, Any]) -> None:
-    before = record.facts["origin"]
-    differing = [key for key in {**came_from, **before} if before.get(key) != came_from.get(key)]
+def _check_same_run(record: RunRecord, came_from: Origin) -> None:
+    differing = Origin.from_json(record.facts["origin"]).differences(came_from)
     if differing:
-        shown = [
-            f"{key} ({before.get(key)} then, {came_from.get(key)} now)"
-            if len(str(before.get(key))) + len(str(came_from.get(key))) <= 80
-            else key
-            for key in differing
-        ]
         raise UsageError(
-            f"output_dir {record.folder} holds another run, which differs in {', '.join(shown)}; "
+            f"output_dir {record.folder} holds another run, which differs in {', '.join(differing)}; "
             "give --overwrite to start afresh, or another output_dir"
         )

@@ -9,8 +9,9 @@ from safetensors.numpy import save_file
 
 from dataflex.config import RunConfig
 from dataflex.errors import UsageError
-from dataflex.gradients.store_writer import StoreWriter, create_store
 from dataflex.inspection import Inspection, inspect
+from dataflex.store.manifest import Manifest
+from dataflex.store.writer import StoreWriter, create_store
 
 MANIFEST = {
     **{"store_dtype": "float16", "proj_dim": 8, "parameters": [["a", 8]], "dataset": ["d"], "datasets": [["d", 0]]},
@@ -27,7 +28,13 @@ def look(target: object, **keys: object) -> Inspection:
 def store(tmp_path: Path) -> Path:
     path = tmp_path / "train.h5"
     rows = np.array([0, 2, 5])
-    create_store(path, manifest=MANIFEST, row=rows, tokens=np.array([3, 4, 5]), subtask=["x", "", "y"])
+    create_store(
+        path,
+        manifest=Manifest.from_json(json.dumps(MANIFEST)),
+        row=rows,
+        tokens=np.array([3, 4, 5]),
+        subtask=["x", "", "y"],
+    )
     with StoreWriter(path) as writer:
         writer.write([0, 2], np.ones((2, 8), dtype=np.float32), np.array([1.0, 3.0]))
     return path

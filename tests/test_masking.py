@@ -8,7 +8,7 @@ from dataflex import load_config
 from dataflex.commands.session import session
 from dataflex.config import save_config
 from dataflex.masking import masked
-from dataflex.provenance import origin
+from dataflex.origin import origin
 
 
 def test_secret_keys_and_credentials_are_masked_wherever_they_are():
@@ -34,7 +34,8 @@ def test_no_secret_in_config_yaml_and_run_json(tmp_path):
     config = load_config(options={"model_name_or_path": "https://me:hf_abc@host/model", "run_name": "plain"})
     save_config(config, tmp_path / "config.yaml")
     assert "hf_abc" not in (tmp_path / "config.yaml").read_text()
-    assert "hf_abc" not in str(origin(config, "train"))
+    facts = {"base_model": {"model_name_or_path": config.model_name_or_path}}
+    assert "hf_abc" not in str(origin(config, "train", {}, facts))
     assert "plain" in (tmp_path / "config.yaml").read_text()
 
 

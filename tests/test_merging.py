@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -259,14 +260,13 @@ class TestChat:
     @pytest.mark.parametrize("name", sorted(name for name, template in TEMPLATES.items() if not template.thinks))
     def test_jinja_words_a_conversation_as_the_template_does(self, name: str, tiny_model_dir: Path):
         from dataflex.data.conversations import Conversation, Message
-        from dataflex.data.templates import encode_turns
+        from dataflex.data.templates import Thinking, encode_turns
 
         tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
         template = TEMPLATES[name]
         turns = [("user", "it's"), ("assistant", "a \\ b"), ("user", "more\nlines"), ("assistant", "end")]
-        expected = encode_turns(
-            template, tokenizer, Conversation([Message(*turn) for turn in turns], "Be 'brief'.", "")
-        )
+        conversation = Conversation([Message(*turn) for turn in turns], "Be 'brief'.", "")
+        expected = encode_turns(template, tokenizer, conversation, Thinking(), date(2026, 1, 2))
         tokenizer.chat_template = jinja_template(template, tokenizer)
         messages = [{"role": role, "content": content} for role, content in [("system", "Be 'brief'."), *turns]]
         said = tokenizer.apply_chat_template(messages, tokenize=False)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dataflex import dynamic, load_config, train
 from dataflex.errors import UsageError
-from dataflex.gradients import passes
+from dataflex.gradients import capture, passes
 
 
 class Stopped(Exception):
@@ -121,11 +121,11 @@ def test_the_batches_stay_those_of_the_first_start(options, monkeypatch):
     """Free memory is not what it was; the token budget that followed from it is."""
     left_out = {key: value for key, value in options.items() if key != "token_budget"}
     config = load_config(options={**left_out, "proj_dim": None})
-    monkeypatch.setattr(passes, "free_memory", lambda place: 2**40)
+    monkeypatch.setattr(capture, "free_memory", lambda place: 2**40)
     with pytest.raises(Stopped):
         dynamic(config, StopsAt("train gradients", 1))
     assert json.loads((Path(config.output_dir) / "run.json").read_text())["token_budget"] == 2048
-    monkeypatch.setattr(passes, "free_memory", lambda place: 2**20)
+    monkeypatch.setattr(capture, "free_memory", lambda place: 2**20)
     budgets = []
     cut = passes.token_batches
     monkeypatch.setattr(passes, "token_batches", lambda lengths, budget: budgets.append(budget) or cut(lengths, budget))
@@ -165,7 +165,7 @@ def test_changed_data_is_another_run(options, tmp_path):
     with pytest.raises(Stopped):
         dynamic(load_config(options=options), StopsAt("training", 4))
     (tmp_path / "target.jsonl").write_text(json.dumps({"instruction": "a", "output": "b c d"}) + "\n")
-    with pytest.raises(UsageError, match="differs in eval_data"):
+    with pytest.raises(UsageError, match="differs in eval_dataset: data files"):
         dynamic(load_config(options=options))
 
 

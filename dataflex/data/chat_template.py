@@ -7,6 +7,7 @@ apart, as they are when the model answers.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,13 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def encode_chat_turns(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, enable_thinking: bool | None = True
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, enable_thinking: bool | None, day: datetime.date
 ) -> list[Turn]:
     """Token ids of each (prompt, response); a response ends with the template's end token.
 
-    `enable_thinking` False is handed to the template; else the template's own default stands.
+    Args:
+        enable_thinking: False is handed to the template; else the template's own default stands.
+        day: the date that a dated template tells.
 
     Raises:
         Unusable: tools that cannot be worded, or a conversation that the chat template refuses or rewrites.
@@ -43,7 +46,10 @@ def encode_chat_turns(
     # A template that knows no tool calls would leave them out unseen: word them as text instead.
     native = "tool_calls" in str(tokenizer.chat_template)
     tools = parse_tools(conversation.tools) if conversation.tools and native else None
-    options = {"enable_thinking": False} if enable_thinking is False else {}
+    # a variable of the template's own goes before transformers' function, which tells today's date
+    options: dict[str, Any] = {"strftime_now": day.strftime}
+    if enable_thinking is False:
+        options["enable_thinking"] = False
 
     def render(messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         try:
@@ -56,7 +62,7 @@ def encode_chat_turns(
     messages = [_as_chat(message, native) for message in conversation.messages]
     system = conversation.system
     if conversation.tools and not native:
-        system = (system or _default_system(render)) + tool_prompt("default", conversation.tools)
+        system = (system or _default_system(render)) + tool_prompt("default", conversation.tools, day)
     opening = [{"role": "system", "content": system}] if system else []
 
     def encode(text: str) -> list[int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
-import json
 import os
 import random
 import warnings
@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dataflex.config import RunConfig, require
-from dataflex.data import tools
+from dataflex.config import ROW_KEYS, RunConfig, require, values_of
 from dataflex.data.catalog import find_sources, unread_fields
 from dataflex.data.chat_template import check_chat_template, encode_chat_turns
 from dataflex.data.conversations import Conversation
@@ -20,7 +19,7 @@ from dataflex.data.encoding import Encoded, encode_row
 from dataflex.data.preprocess import encode_records
 from dataflex.data.records import Source, count_records, data_hash, file_sizes
 from dataflex.data.report import Report
-from dataflex.data.row_cache import cached_rows, row_key
+from dataflex.data.row_cache import cached_rows, row_key, tokenizer_fingerprint
 from dataflex.data.rows import Example
 from dataflex.data.template_table import Template
 from dataflex.data.templates import Thinking, encode_turns, find_template, prepare_tokenizer
@@ -33,22 +32,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Example", "Report", "Split", "load_examples", "load_split", "row_encoder"]
 
-# The keys beside template and data that decide what a row becomes.
-_ROW_KEYS = ("cutoff_len", "train_on_prompt", "mask_history", "enable_thinking", "preserve_thinking", "max_samples")
+
+_TOLD_OTHERWISE = ("dataset", "eval_dataset", "dataset_dir", "template", "prompt_date", "split")
+"""Keys whose meaning, rather than their value, stands among a split's facts."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """The training or the validation data of a run.
-
-    `files`: sha256 over the bytes of its files; `hash`: that, and what decides the draw where rows are drawn at random.
-    `examples` may be larger than memory: each is read from disk when it is asked for.
-    """
+    """The training or the validation data of a run."""
 
     examples: Sequence[Example]
+    """May be larger than memory: each is read from disk when it is asked for."""
     report: Report
-    hash: str
+    fingerprint: str
+    """sha256 (hex) over row, input_ids, labels, subtask and dataset of every example."""
     files: str
+    """sha256 (hex) over the bytes of the data files."""
+    facts: dict[str, Any]
+    """What the examples were made from, by the name under which a difference is told: keys, files, tokenizer."""
 
 
 def load_examples(config: RunConfig, split: Literal["train", "eval"] = "train") -> list[Example]:
@@ -74,14 +75,25 @@ def load_split(
         UsageError: no dataset is set, one cannot be read, the template is unknown, or no row can be used.
     """
     names = split_names(config, split)
+    config = dated(config)
     encode = row_encoder(config, tokenizer)
     sources = find_sources(names, config.dataset_dir)
     for source in sources:
         _warn_of_unread_fields(source)
-    files = content = data_hash(sources)
+    files = data_hash(sources)
+    facts = {
+        "data files": files,
+        **{f"dataset_info.json of {source.name!r}": _layout(source) for source in sources},
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "template": _template_text(config, tokenizer),
+        "dataset": names,
+        **values_of(config, [key for key in ROW_KEYS if key not in _TOLD_OTHERWISE]),
+    }
+    if _is_dated(config, tokenizer):
+        facts["prompt_date"] = str(config.prompt_date)
     if config.val_size or any(source.num_samples for source in sources):
-        draw = [content, config.seed, config.val_size, split if config.val_size else None]
-        content = hashlib.sha256(json.dumps(draw).encode()).hexdigest()
+        facts["seed"] = config.seed
+    made_from = {**facts, "split": split if config.val_size else None}
 
     def make() -> Iterator[pyarrow.RecordBatch]:
         places = pick_rows(sources, [count_records(source) for source in sources], config.max_samples, config.seed)
@@ -93,14 +105,7 @@ def load_split(
                 yield batch
 
     rows = cached_rows(
-        row_key(
-            tokenizer,
-            content=content,
-            sizes=file_sizes(sources),
-            sources=[_layout(source) for source in sources],
-            template=_wording(config, tokenizer),
-            keys={key: getattr(config, key) for key in _ROW_KEYS},
-        ),
+        row_key(made_from, file_sizes(sources)) if facts["tokenizer"] else None,
         [source.name for source in sources],
         make,
         anew=config.overwrite_cache and os.environ.get("LOCAL_RANK", "0") == "0",
@@ -110,7 +115,16 @@ def load_split(
     if not rows:
         raise UsageError(_nothing_left(_key_of(config, split), names, report))
     progress.say(report.summary(f"{split} data"))
-    return Split(rows, report, content, files)
+    return Split(rows, report, rows.fingerprint, files, _shortened(facts))
+
+
+def dated(config: RunConfig, kept: str | None = None) -> RunConfig:
+    """`config` with the day that dated prompts tell: its own, else the day `kept` by what is taken up again, else
+    today."""
+    if config.prompt_date is not None:
+        return config
+    day = datetime.date.fromisoformat(kept) if kept else datetime.date.today()
+    return config.model_copy(update={"prompt_date": day})
 
 
 def split_names(config: RunConfig, split: str) -> list[str]:
@@ -134,13 +148,14 @@ def row_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Callab
         raise UsageError(f"template {config.template!r} cannot train_on_prompt: its turns end without a token")
     prepare_tokenizer(tokenizer, template)
     thinking = Thinking(config.enable_thinking, last_only=config.mask_history and not config.preserve_thinking)
+    day = config.prompt_date or datetime.date.today()
     efficient_eos = tokenizer.eos_token_id if template is not None and template.efficient_eos else None
 
     def encode(conversation: Conversation) -> Encoded:
         if template is None:
-            turns = encode_chat_turns(tokenizer, conversation, config.enable_thinking)
+            turns = encode_chat_turns(tokenizer, conversation, config.enable_thinking, day)
         else:
-            turns = encode_turns(template, tokenizer, conversation, thinking)
+            turns = encode_turns(template, tokenizer, conversation, thinking, day)
         return encode_row(
             turns,
             config.cutoff_len,
@@ -217,16 +232,29 @@ def _template(config: RunConfig) -> Template | None:
     return find_template(config.template) if config.template is not None else None
 
 
-def _wording(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What decides the words around a turn: the template, and the date where it tells it."""
+def _template_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The words around a turn: the template of the table whole, or the tokenizer's own."""
     template = _template(config)
-    text = repr(template) if template else str(tokenizer.chat_template)
-    dated = template.tool_format == "llama3" if template else "strftime_now" in text
-    return [text, str(tools.today())] if dated else [text]
+    return repr(template) if template else str(tokenizer.chat_template)
 
 
-def _layout(source: Source) -> list[Any]:
-    return [source.name, source.formatting, source.columns, source.tags, source.num_samples, source.split]
+def _is_dated(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template tells the date."""
+    template = _template(config)
+    return template.tool_format == "llama3" if template else "strftime_now" in str(tokenizer.chat_template)
+
+
+def _shortened(facts: dict[str, Any]) -> dict[str, Any]:
+    """`facts` with a hash in place of every long text, to be kept beside a result."""
+    return {
+        name: hashlib.sha256(str(value).encode()).hexdigest() if len(str(value)) > 80 else value
+        for name, value in facts.items()
+    }
+
+
+def _layout(source: Source) -> str:
+    """The part of a dataset's entry that decides its rows."""
+    return repr((source.formatting, source.columns, source.tags, source.num_samples, source.split, source.hub))
 
 
 def _warn_of_unread_fields(source: Source) -> None:

@@ -33,18 +33,22 @@ def cache_dir() -> Path:
     return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets") / "dataflex"
 
 
-def row_key(tokenizer: PreTrainedTokenizerBase, **made_from: Any) -> str | None:
-    """A name for rows made with `tokenizer` from all that is given, None if the tokenizer cannot be told from others.
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """sha256 (hex) over a tokenizer as it acts, None if it cannot be told from others.
 
     Only tokenizers of the `tokenizers` library can be written down whole.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
-    digest = hashlib.sha256(_code())
-    digest.update(backend.to_str().encode())
     special = (type(tokenizer).__name__, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template)
-    digest.update(json.dumps([special, made_from], sort_keys=True, default=repr).encode())
+    return hashlib.sha256(f"{backend.to_str()}{special!r}".encode()).hexdigest()
+
+
+def row_key(*made_from: Any) -> str:
+    """A name for rows made by this package's code from what is given."""
+    digest = hashlib.sha256(_code())
+    digest.update(json.dumps(made_from, sort_keys=True, default=repr).encode())
     return digest.hexdigest()
 
 

@@ -1,12 +1,15 @@
 """Encoded rows on disk: an Arrow file that is mapped, not read, so a data set may be larger than memory.
 
 Every row that was looked at has its place in the file, the dropped ones with the reason, so the report can
-be had from a cached file as well.
+be had from a cached file as well. So has the fingerprint of the kept rows: with each batch the file keeps the
+digest of all rows up to its end.
 """
 
 from __future__ import annotations
 
 import bisect
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -19,6 +22,8 @@ from dataflex.data.report import Report
 
 if TYPE_CHECKING:
     import pyarrow
+
+DIGEST = b"dataflex.digest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +65,12 @@ class Rows(Sequence[Example]):
 
         with pyarrow.memory_map(str(path)) as handle:
             file = pyarrow.ipc.open_file(handle)
-            batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+            batches = [file.get_batch_with_custom_metadata(number) for number in range(file.num_record_batches)]
         self._datasets = list(datasets)
-        self._batches = [_Columns(batch) for batch in batches]
+        self._batches = [_Columns(batch) for batch, _ in batches]
+        digest = batches[-1][1][DIGEST].decode() if batches else _Digest().hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps([digest, self._datasets]).encode()).hexdigest()
+        """sha256 (hex) over row, input_ids, labels, subtask and dataset of every kept row, in order."""
         self._starts = list(accumulate((len(batch.kept) for batch in self._batches), initial=0))
 
     def __len__(self) -> int:
@@ -138,12 +146,37 @@ def as_batch(outcomes: Sequence[Outcome]) -> pyarrow.RecordBatch:
 
 
 def write_batches(handle: IO[bytes], batches: Iterable[pyarrow.RecordBatch]) -> None:
-    """Write a whole file of rows, a batch at a time."""
+    """Write a whole file of rows, a batch at a time, with the digest of all rows so far beside each batch."""
     import pyarrow
 
+    digest = _Digest()
     with pyarrow.ipc.new_file(handle, _schema()) as writer:
         for batch in batches:
-            writer.write_batch(batch)
+            digest.update(_Columns(batch))
+            writer.write_batch(batch, custom_metadata={DIGEST: digest.hexdigest()})
+
+
+class _Digest:
+    """sha256 over the columns of the kept rows. How rows are cut into batches has no part in it."""
+
+    def __init__(self) -> None:
+        self._columns = [hashlib.sha256() for _ in range(6)]
+
+    def update(self, batch: _Columns) -> None:
+        subtasks = batch.subtask.take(batch.kept).to_pylist()
+        parts = (
+            batch.row[batch.kept].astype("<i8"),
+            batch.source[batch.kept].astype("<i4"),
+            np.diff(batch.starts)[batch.kept].astype("<i4"),
+            batch.input_ids.astype("<i4"),  # a dropped row has none
+            batch.labels.astype("<i4"),
+            "".join(json.dumps(name) + "\n" for name in subtasks).encode(),
+        )
+        for column, part in zip(self._columns, parts, strict=True):
+            column.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(column.digest() for column in self._columns)).hexdigest()
 
 
 def _schema() -> pyarrow.Schema:

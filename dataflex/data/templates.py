@@ -5,6 +5,7 @@ Templates of reasoning models also have rules for thoughts, the text between <th
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import warnings
 from collections.abc import Sequence
@@ -76,9 +77,13 @@ def encode_turns(
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     conversation: Conversation,
-    thinking: Thinking = Thinking(),
+    thinking: Thinking,
+    day: datetime.date,
 ) -> list[Turn]:
     """Token ids of each (prompt, response) of a conversation; the first prompt opens with prefix and system text.
+
+    Args:
+        day: the date that a dated tool prompt tells.
 
     Raises:
         Unusable: tools or function calls that cannot be worded.
@@ -89,7 +94,7 @@ def encode_turns(
         opening: Slot = ()
         content = message.content
         if place == 0:
-            system = _system_slot(template, conversation)
+            system = _system_slot(template, conversation, day)
             if template.system_in_user:
                 opening, content = template.prefix, "".join(system[:1]) + content
             else:
@@ -128,11 +133,11 @@ def _set_eos(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
         tokenizer.add_special_tokens({"eos_token": token})
 
 
-def _system_slot(template: Template, conversation: Conversation) -> Slot:
+def _system_slot(template: Template, conversation: Conversation, day: datetime.date) -> Slot:
     """The system turn, worded; () where there is nothing to say."""
     system = conversation.system or template.default_system
     if conversation.tools:
-        return _fill(template.system, system + tool_prompt(template.tool_format, conversation.tools))
+        return _fill(template.system, system + tool_prompt(template.tool_format, conversation.tools, day))
     return _fill(template.system, system) if system else ()
 
 

@@ -51,20 +51,18 @@ class Call:
     arguments: Any
 
 
-def today() -> datetime.date:
-    """The date in llama3's tool prompt."""
-    return datetime.date.today()
+def tool_prompt(tool_format: str, tools: str, day: datetime.date) -> str:
+    """The part of the system turn that presents `tools`, a JSON list; empty for an empty list.
 
-
-def tool_prompt(tool_format: str, tools: str) -> str:
-    """What the system turn says of `tools`, a JSON list; empty for an empty list.
+    Args:
+        day: the date that llama3's prompt tells.
 
     Raises:
         Unusable: `tools` is not JSON, or not functions with the parts this format names.
     """
     functions = parse_tools(tools)
     try:
-        return TOOL_FORMATS[tool_format].prompt(functions) if functions else ""
+        return TOOL_FORMATS[tool_format].prompt(functions, day) if functions else ""
     except (KeyError, TypeError, AttributeError) as error:
         raise Unusable(f"malformed tools ({type(error).__name__} {error})") from None
 
@@ -124,7 +122,7 @@ def _bare(tool: dict[str, Any]) -> dict[str, Any]:
     return tool["function"] if tool.get("type") == "function" else tool
 
 
-def _default_prompt(tools: list[dict[str, Any]]) -> str:
+def _default_prompt(tools: list[dict[str, Any]], day: datetime.date) -> str:
     functions = [_bare(tool) for tool in tools]
     names = ", ".join(function["name"] for function in functions)
     return _DEFAULT_PROMPT.format(tools="".join(map(_described, functions)), names=names)
@@ -147,7 +145,7 @@ def _default_calls(calls: list[Call]) -> str:
     return "\n".join(f"Action: {call.name}\nAction Input: {_dumps(call.arguments)}" for call in calls)
 
 
-def _glm4_prompt(tools: list[dict[str, Any]]) -> str:
+def _glm4_prompt(tools: list[dict[str, Any]], day: datetime.date) -> str:
     texts = [
         f"\n\n## {tool['name']}\n\n{_dumps(tool, indent=4)}\n在调用上述函数时，请使用 Json 格式表示调用的参数。"
         for tool in map(_bare, tools)
@@ -161,7 +159,7 @@ def _glm4_calls(calls: list[Call]) -> str:
     return f"{calls[0].name}\n{_dumps(calls[0].arguments)}"
 
 
-def _qwen_prompt(tools: list[dict[str, Any]]) -> str:
+def _qwen_prompt(tools: list[dict[str, Any]], day: datetime.date) -> str:
     return _QWEN_PROMPT.format(tools="".join("\n" + _dumps(_wrapped(tool)) for tool in tools))
 
 
@@ -170,9 +168,9 @@ def _qwen_calls(calls: list[Call]) -> str:
     return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in texts)
 
 
-def _llama3_prompt(tools: list[dict[str, Any]]) -> str:
+def _llama3_prompt(tools: list[dict[str, Any]], day: datetime.date) -> str:
     texts = "".join(_dumps(_wrapped(tool), indent=4) + "\n\n" for tool in tools)
-    return _LLAMA3_PROMPT.format(date=today().strftime("%d %b %Y"), tools=texts)
+    return _LLAMA3_PROMPT.format(date=day.strftime("%d %b %Y"), tools=texts)
 
 
 def _llama3_calls(calls: list[Call]) -> str:
@@ -180,7 +178,7 @@ def _llama3_calls(calls: list[Call]) -> str:
     return _dumps(objects[0] if len(objects) == 1 else objects)
 
 
-def _mistral_prompt(tools: list[dict[str, Any]]) -> str:
+def _mistral_prompt(tools: list[dict[str, Any]], day: datetime.date) -> str:
     return f"[AVAILABLE_TOOLS] {_dumps([_wrapped(tool) for tool in tools])}[/AVAILABLE_TOOLS]"
 
 
@@ -192,7 +190,7 @@ def _mistral_calls(calls: list[Call]) -> str:
 class ToolFormat:
     """How a family of models is told of tools and calls them."""
 
-    prompt: Callable[[list[dict[str, Any]]], str]
+    prompt: Callable[[list[dict[str, Any]], datetime.date], str]
     calls: Callable[[list[Call]], str]
 
 

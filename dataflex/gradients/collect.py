@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataflex import processes
-from dataflex.config import RunConfig, require
-from dataflex.data.examples import Split, load_split
+from dataflex.config import MARKS, RunConfig, require, values_of
+from dataflex.data.examples import Split, dated, load_split, split_names
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import check_output_file
+from dataflex.fingerprints import base_model_fingerprint, live_adapter_fingerprint
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
-from dataflex.gradients.manifest import check_same, describe
 from dataflex.gradients.passes import batches_of, name_bad_rows, project_rows
 from dataflex.gradients.projection import make_projector
-from dataflex.gradients.store import GradientStore
-from dataflex.gradients.store_writer import StoreWriter, create_store
+from dataflex.keys import Decides, select_keys
+from dataflex.masking import masked
 from dataflex.model import check_vocabulary, compute_dtype, load_adapter, load_frozen_model, load_tokenizer, on_device
 from dataflex.progress import SILENT, Interrupted, Progress
-from dataflex.training.moments import AdamMoments, load_moments
+from dataflex.provenance import device_name
+from dataflex.store.manifest import Manifest, check_same_work
+from dataflex.store.reader import GradientStore
+from dataflex.store.writer import StoreWriter, create_store
+from dataflex.training.moments import AdamMoments, load_moments, moments_fingerprint
+
+LIBRARIES = ("dataflex", "torch", "transformers", "peft", "h5py")
+# Keys that a store does not hold by their own name: what they stand for is in its manifest.
+TOLD_OTHERWISE = ("eval_gradient_type", "eval_dataset", "dataset_dir")
+MANIFEST_KEYS = select_keys(
+    MARKS, lambda mark: "grads" in mark.users and (mark.compared or mark.decides is Decides.ROWS)
+)
+"""The keys that decide what a store holds."""
 
 
 def grads(config: RunConfig, progress: Progress = SILENT) -> Path:
@@ -32,7 +45,7 @@ def grads(config: RunConfig, progress: Progress = SILENT) -> Path:
     A store that is there already is gone on with if it came from the same things; `overwrite` starts anew.
     """
     dataset_key = "eval_dataset" if config.split == "eval" else "dataset"
-    require(config, "grads", "model_name_or_path", dataset_key, "checkpoint", "output")
+    require(config, "grads", dataset_key)
     if len(config.checkpoint) != 1:
         raise UsageError(f"grads takes one checkpoint, not {len(config.checkpoint)}; write a store for each")
     if config.proj_dim is None and config.projector != "none":
@@ -41,6 +54,7 @@ def grads(config: RunConfig, progress: Progress = SILENT) -> Path:
     check_output_file(path, overwrite=True)
 
     processes.join(config.ddp_timeout)
+    config = dated(config, None if config.overwrite else _kept_day(path))
     checkpoint = Path(config.checkpoint[0])
     tokenizer = load_tokenizer(config)
     split = load_split(config, tokenizer, config.split, progress)
@@ -76,24 +90,23 @@ def collect(
         moments: of the optimizer at these parameters; needed for `adam` only.
         cache: replace a store that came from something else, rather than refuse.
     """
-    step = moments.step if moments else 0
-    learning_rate = moments.learning_rate if moments else config.learning_rate
-    manifest = describe(config, capture, split, split_name, moments, step, learning_rate)
-    direction = make_direction(manifest["gradient_type"], config.adam_formula, moments, capture.slots)
+    manifest = manifest_of(config, capture, split, split_name, moments, progress)
+    gradient_type = config.eval_gradient_type if split_name == "eval" else config.gradient_type
+    direction = make_direction(gradient_type, config.adam_formula, moments, capture.slots)
     projector = make_projector(
-        config.projector, capture.parameters, manifest["proj_dim"], config.proj_seed, capture.device
+        config.projector, capture.parameters, manifest.proj_dim, config.proj_seed, capture.device
     )
     if processes.rank() == 0:
         _prepare_store(path, manifest, split, config.overwrite, cache)
     processes.barrier()
     with GradientStore(path) as store:
         if config.token_budget is None:  # the memory that is free now may ask for another cut
-            capture = replace(capture, token_budget=store.manifest.get("token_budget", capture.token_budget))
+            capture = replace(capture, token_budget=store.manifest.token_budget or capture.token_budget)
         done = store.done.astype(bool)
         bad = [split.examples[index] for index in np.flatnonzero(store.bad)]
     if bad and not config.skip_bad_rows:
         raise DataflexError(f"gradient store {path}: {name_bad_rows(bad)}; give --skip-bad-rows, or --overwrite")
-    batches = [batch for batch in batches_of(capture, split.examples, manifest["proj_dim"]) if not done[batch].all()]
+    batches = [batch for batch in batches_of(capture, split.examples, manifest.proj_dim) if not done[batch].all()]
     computed = project_rows(
         capture,
         split.examples,
@@ -128,12 +141,71 @@ def collect(
     return path
 
 
-def _prepare_store(path: Path, manifest: dict[str, Any], split: Split, overwrite: bool, cache: bool) -> None:
+def manifest_of(
+    config: RunConfig,
+    capture: Capture,
+    split: Split,
+    split_name: str,
+    moments: AdamMoments | None,
+    progress: Progress = SILENT,
+) -> Manifest:
+    """The manifest of a store of the directions of `split` at the parameters of `capture`. Collective under ZeRO-3."""
+    gradient_type = config.eval_gradient_type if split_name == "eval" else config.gradient_type
+    base_model, base_facts = base_model_fingerprint(config, progress)
+    typed: dict[str, Any] = {
+        "model_name_or_path": masked(config.model_name_or_path),
+        "base_model": base_model,
+        "adapter": live_adapter_fingerprint(capture.pairs),
+        "dtype": str(capture.dtype).removeprefix("torch."),
+        "split": split_name,
+        "dataset": split_names(config, split_name),
+        "datasets": dataset_starts(split),
+        "data": split.fingerprint,
+        "files": split.files,
+        "facts": {"data": split.facts, "base_model": base_facts},
+        "prompt_date": str(config.prompt_date) if config.prompt_date else None,
+        "gradient_type": gradient_type,
+        "adam_formula": config.adam_formula if gradient_type == "adam" else None,
+        "moments": moments_fingerprint(moments) if gradient_type == "adam" and moments is not None else None,
+        # fast_jl's kernels are built for one kind of GPU; the others' signs depend on nothing but the seed
+        "projector_device": device_name() if config.projector == "fast_jl" else None,
+        "proj_dim": capture.parameters if config.projector == "none" else config.proj_dim,
+        "store_dtype": config.store_dtype,
+        "parameters": [[slot.name, slot.size] for slot in capture.slots],
+        "token_budget": capture.token_budget,
+        "step": moments.step if moments else 0,
+        "learning_rate": moments.learning_rate if moments else config.learning_rate,
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    further = [key for key in MANIFEST_KEYS if key not in typed and key not in TOLD_OTHERWISE]
+    return Manifest(**typed, settings=masked(values_of(config, further)))
+
+
+def dataset_starts(split: Split) -> list[list[Any]]:
+    """[name, first kept row] of each dataset, in row order: rows count through the datasets as named."""
+    starts: dict[str, int] = {}
+    for example in split.examples:
+        starts[example.dataset] = min(example.row, starts.get(example.dataset, example.row))
+    return sorted(([name, row] for name, row in starts.items()), key=lambda start: start[1])
+
+
+def _kept_day(path: Path) -> str | None:
+    """The day that the prompts of a store tell which is there already; None where there is none to go on with."""
+    if not path.exists():
+        return None
+    try:
+        with GradientStore(path) as store:
+            return store.manifest.prompt_date
+    except UsageError:
+        return None  # told when the store is taken up
+
+
+def _prepare_store(path: Path, manifest: Manifest, split: Split, overwrite: bool, cache: bool) -> None:
     """Make the store, or see that the one there is a part of this same work."""
     if path.exists() and not overwrite:
         try:
             with GradientStore(path) as store:
-                check_same(path, store.manifest, manifest)
+                check_same_work(path, store.manifest, manifest)
                 store.require_sound()
             return
         except UsageError:

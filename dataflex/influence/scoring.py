@@ -9,15 +9,14 @@ import numpy as np
 
 from dataflex import processes
 from dataflex.config import RunConfig, require
-from dataflex.data.examples import load_split
+from dataflex.data.examples import dated, load_split
 from dataflex.errors import UsageError
 from dataflex.files import check_output_file
-from dataflex.gradients.collect import checkpoint_capture
+from dataflex.gradients.collect import checkpoint_capture, manifest_of
 from dataflex.gradients.direction import make_direction
-from dataflex.gradients.manifest import describe
 from dataflex.influence.exact import exact_cosines
 from dataflex.influence.scores import Scores, influence, parse_weights, scores_of, write_scores
-from dataflex.influence.sidecar import store_facts, write_with_manifest
+from dataflex.influence.sidecar import write_with_manifest
 from dataflex.influence.stored import open_pairs, stored_cosines
 from dataflex.model import check_vocabulary, load_tokenizer
 from dataflex.progress import SILENT, Progress
@@ -30,7 +29,7 @@ def score(config: RunConfig, progress: Progress = SILENT) -> Path:
     With `exact` the gradients are taken here, at each of `checkpoint`; else they come from
     `train_stores` and `eval_stores`, paired in order.
     """
-    require(config, "score", "output")
+    require(config, "score")
     path = check_output_file(config.output, config.overwrite)
     if config.exact and (config.train_stores or config.eval_stores):
         raise UsageError("exact scores need no stores; give either --exact with --checkpoint, or --train and --eval")
@@ -49,16 +48,16 @@ def score(config: RunConfig, progress: Progress = SILENT) -> Path:
 def _stored_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[str, Any]]:
     require(config, "score", "train_stores", "eval_stores")
     pairs = open_pairs(config.train_stores, config.eval_stores)
-    weights = parse_weights(config.weights, [train.manifest["learning_rate"] for train, _ in pairs])
+    weights = parse_weights(config.weights, [train.manifest.learning_rate or 0.0 for train, _ in pairs])
     results = [stored_cosines(train, validation, progress) for train, validation in pairs]
     total, by_subtask = influence([cosines for _, cosines in results], weights, config.reduce)
     train = pairs[0][0]
     names = results[0][0]
     came_from = {
-        "files": train.manifest.get("files"),
+        "files": train.manifest.files,
         "weights": weights,
         "checkpoints": [
-            {"train": store_facts(ours.manifest), "eval": store_facts(theirs.manifest)} for ours, theirs in pairs
+            {"train": ours.manifest.summary(), "eval": theirs.manifest.summary()} for ours, theirs in pairs
         ],
     }
     return Scores(train.row, total, dict(zip(names, by_subtask, strict=True)), train.dataset), came_from
@@ -71,13 +70,14 @@ def _exact_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[s
     moments = [load_moments(checkpoint) for checkpoint in checkpoints]
     rates = [held.learning_rate if held else config.learning_rate for held in moments]
     weights = parse_weights(config.weights, rates)
+    config = dated(config)
     tokenizer = load_tokenizer(config)
     splits = [load_split(config, tokenizer, split, progress) for split in ("train", "eval")]
     train, validation = (split.examples for split in splits)
     made: list[dict[str, Any]] = []
     names: list[str] = []
     cosines: list[np.ndarray] = []
-    for checkpoint, held, rate in zip(checkpoints, moments, rates, strict=True):
+    for checkpoint, held in zip(checkpoints, moments, strict=True):
         capture = checkpoint_capture(config, checkpoint, tokenizer.pad_token_id)
         check_vocabulary(capture.model, [*train, *validation], config.template)
         train_direction = make_direction(config.gradient_type, config.adam_formula, held, capture.slots)
@@ -88,7 +88,7 @@ def _exact_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[s
         cosines.append(values)
         made.append(
             {
-                name: store_facts(describe(config, capture, split, name, held, held.step if held else 0, rate))
+                name: manifest_of(config, capture, split, name, held, progress).summary()
                 for name, split in zip(("train", "eval"), splits, strict=True)
             }
         )

@@ -46,7 +46,7 @@ def choose(
 
 def select(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Write the best rows of `data`, as they stand in their source, into the subset `output`; return its path."""
-    require(config, "select", "scores", "output")
+    require(config, "select")
     names = config.data or config.dataset
     if not names:
         require(config, "select", "data")

@@ -18,13 +18,6 @@ from dataflex.progress import Progress
 
 SUFFIX = ".manifest.json"
 
-# Of a store's manifest, what its scores owe to it.
-KEYS = (
-    *("model_name_or_path", "base_model", "adapter", "dtype", "dataset", "data", "files", "template", "cutoff_len"),
-    *("max_samples", "train_on_prompt", "mask_history", "gradient_type", "adam_formula", "moments", "projector"),
-    *("projector_device", "proj_dim", "proj_seed", "store_dtype", "step", "learning_rate", "versions"),
-)
-
 
 def place_of(path: Path) -> Path:
     """Where the manifest of `path` is."""
@@ -67,8 +60,3 @@ def _first_line(path: Path) -> str:
     """sha256 (hex) of the first line."""
     with open(path, "rb") as handle:
         return hashlib.sha256(handle.readline()).hexdigest()
-
-
-def store_facts(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a store's manifest that goes on to its scores."""
-    return {key: manifest.get(key) for key in KEYS}

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 
 from dataflex.errors import UsageError
-from dataflex.gradients.manifest import PROJECTION_KEYS, differences
-from dataflex.gradients.store import GradientStore, open_store
 from dataflex.influence.scores import ONE_SUBTASK, check_subtasks
 from dataflex.progress import SILENT, Progress
+from dataflex.store.reader import GradientStore, open_store
 
 STRIPE_ROWS = 4096  # the work of a thread between two signs of progress
 
@@ -90,8 +89,8 @@ def open_pairs(
     """The stores of each checkpoint, checked to be whole and comparable.
 
     Raises:
-        UsageError: naming the stores and what differs: the projection or the parameters within a pair,
-            the rows between checkpoints.
+        UsageError: naming the stores and what is wrong: training and validation stores are swapped or mixed, the
+            projection or the parameters differ within a pair, the rows or the direction between checkpoints.
     """
     if len(train) != len(validation):
         raise UsageError(
@@ -100,7 +99,9 @@ def open_pairs(
         )
     pairs = [(open_store(first), open_store(second)) for first, second in zip(train, validation, strict=True)]
     for ours, theirs in pairs:
-        differing = differences(ours.manifest, theirs.manifest, PROJECTION_KEYS)
+        _check_role(ours, "train", "--train")
+        _check_role(theirs, "eval", "--eval")
+        differing = ours.manifest.space_differences(theirs.manifest)
         if differing:
             raise UsageError(f"{ours.path} and {theirs.path} cannot be compared, they differ in {', '.join(differing)}")
         ours.require_whole()
@@ -108,6 +109,29 @@ def open_pairs(
     first, first_validation = pairs[0]
     for ours, theirs in pairs[1:]:
         for one, other in ((first, ours), (first_validation, theirs)):
-            if one.manifest["data"] != other.manifest["data"] or not np.array_equal(one.row, other.row):
-                raise UsageError(f"{one.path} and {other.path} hold different rows; collect both from the same data")
+            _check_same_rows(one, other)
     return pairs
+
+
+def _check_role(store: GradientStore, split: str, option: str) -> None:
+    """Raise a UsageError unless a store holds the split that `option` asks for; one that another program made may
+    not say."""
+    found = store.manifest.split
+    if found not in (None, split):
+        raise UsageError(
+            f"{option} {store.path} holds the gradients of {found} rows, not of {split} rows; did you swap them? "
+            f"`dataflex grads --split {split}` writes the store that {option} takes"
+        )
+
+
+def _check_same_rows(one: GradientStore, other: GradientStore) -> None:
+    """Raise a UsageError unless two stores hold the same rows and the same kind of direction."""
+    if one.manifest.data != other.manifest.data or not np.array_equal(one.row, other.row):
+        raise UsageError(f"{one.path} and {other.path} hold different rows; collect both from the same data")
+    for name in ("gradient_type", "adam_formula"):
+        before, after = one.manifest[name], other.manifest[name]
+        if before != after:
+            raise UsageError(
+                f"{one.path} and {other.path} hold different directions, {name} {before} and {after}; "
+                "scores of several checkpoints need the same one at each"
+            )

@@ -6,6 +6,7 @@ and safetensors holds no code.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +60,17 @@ def _state_of(optimizer: torch.optim.Optimizer, slot: Slot, key: str, step: int)
         held = torch.zeros(slot.size)
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return held.detach().to(torch.float32, copy=True).view(shape)
+
+
+def moments_fingerprint(moments: AdamMoments) -> str:
+    """sha256 (hex) over both moments of every parameter and the numbers beside them."""
+    digest = hashlib.sha256()
+    for kind in (moments.exp_avg, moments.exp_avg_sq):
+        for name, value in kind.items():
+            digest.update(name.encode())
+            digest.update(value.detach().float().contiguous().cpu().numpy().data)
+    digest.update(repr((moments.step, moments.beta1, moments.beta2, moments.eps)).encode())
+    return digest.hexdigest()
 
 
 def save_moments(moments: AdamMoments, folder: Path) -> None:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from dataflex import processes
 from dataflex.config import RunConfig, require
-from dataflex.data.examples import Split, load_split
+from dataflex.data.examples import Split, dated, load_split
 from dataflex.files import check_output_dir
+from dataflex.fingerprints import adapter_fingerprint, base_model_fingerprint
 from dataflex.model import (
-    adapter_fingerprint,
     add_lora,
     check_vocabulary,
     load_adapter,
     load_frozen_model,
     load_tokenizer,
-    model_fingerprint,
     on_device,
 )
+from dataflex.origin import Origin, origin
 from dataflex.progress import SILENT, Progress
-from dataflex.provenance import FILE_NAME, LOCK_NAME, RunRecord, Stopwatch, find_record, open_record, origin
+from dataflex.provenance import FILE_NAME, LOCK_NAME, RunRecord, Stopwatch, find_record, open_record, read_record
 from dataflex.training.arguments import training_arguments
 from dataflex.training.plots import plot_loss
 from dataflex.training.resume import check_resume, forget_later, last_checkpoint, step_of
@@ -44,15 +44,16 @@ def train(config: RunConfig, progress: Progress = SILENT) -> Path:
 
 
 def _train_on_random_rows(config: RunConfig, command: str, progress: Progress, steps: int | None) -> None:
-    require(config, command, "model_name_or_path", "dataset", "output_dir")
+    require(config, command)
     check_run_folder(config)
     processes.join(config.ddp_timeout, config.deepspeed is not None)
+    config = dated_run(config)
     watch = Stopwatch()
     with watch.phase("data"):
         tokenizer = load_tokenizer(config)
         split = load_split(config, tokenizer, "train", progress)
         validation = load_split(config, tokenizer, "eval", progress) if config.eval_strategy != "no" else None
-    came_from = origin_of(config, command, split, validation)
+    came_from = origin_of(config, command, split, None, progress)
     if already_finished(config, came_from, progress):
         return
     count = len(split.examples)
@@ -90,19 +91,41 @@ def check_run_folder(config: RunConfig) -> None:
         check_resume(config.resume_from_checkpoint, folder)
 
 
-def origin_of(config: RunConfig, command: str, split: Split, validation: Split | None) -> dict[str, Any]:
-    """What this run comes from; another origin is another run."""
-    return origin(
-        config,
-        command,
-        data=split.hash,
-        eval_data=validation.hash if validation else None,
-        adapters=[adapter_fingerprint(path) for path in config.adapter_name_or_path or []],
-        base_model=model_fingerprint(config),
-    )
+def dated_run(config: RunConfig) -> RunConfig:
+    """`config` with the day that dated prompts tell: a run that is taken up again keeps the day on which it began,
+    and all processes have the first one's."""
+    afresh = config.overwrite or config.overwrite_output_dir
+    record = None if afresh else read_record(Path(config.output_dir))
+    day = record.facts.get("prompt_date") if record else None
+    return dated(config, processes.broadcast(day or str(datetime.date.today())))
 
 
-def already_finished(config: RunConfig, came_from: dict[str, Any], progress: Progress) -> bool:
+def origin_of(
+    config: RunConfig, command: str, split: Split, validation: Split | None, progress: Progress = SILENT
+) -> Origin:
+    """What this run comes from; another origin is another run.
+
+    Args:
+        validation: the rows that the result depends on: those that `dynamic` aims at.
+    """
+    base_model, base_facts = base_model_fingerprint(config, progress)
+    adapter = config.resumed_adapter
+    content = {
+        "dataset": split.fingerprint,
+        "eval_dataset": validation.fingerprint if validation else None,
+        "base_model": base_model,
+        "adapter": adapter_fingerprint(adapter) if adapter is not None else None,
+    }
+    facts = {
+        "dataset": split.facts,
+        "eval_dataset": validation.facts if validation else {},
+        "base_model": base_facts,
+        "adapter": {"adapter_name_or_path": adapter},
+    }
+    return origin(config, command, content, facts)
+
+
+def already_finished(config: RunConfig, came_from: Origin, progress: Progress) -> bool:
     """True, and said, if `output_dir` holds this run complete. Raises a UsageError if it holds another run."""
     record = find_record(config, came_from)
     if record is None or not record.finished:
@@ -111,7 +134,7 @@ def already_finished(config: RunConfig, came_from: dict[str, Any], progress: Pro
     return True
 
 
-def begin(config: RunConfig, came_from: dict[str, Any], progress: Progress) -> RunRecord:
+def begin(config: RunConfig, came_from: Origin, progress: Progress) -> RunRecord:
     """Open the run's record, clear what the last checkpoint does not know of, and say where the run stands.
 
     The first thing a run writes; whatever can be wrong with its configuration has shown by now.

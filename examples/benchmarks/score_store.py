@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from dataflex import open_store
-from dataflex.gradients.store_writer import StoreWriter, create_store
 from dataflex.influence.stored import stored_cosines
 from dataflex.provenance import device_name
+from dataflex.store.writer import StoreWriter, create_store
 
 DIM = 8192
 BLOCK = 2000

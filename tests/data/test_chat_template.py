@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from dataflex.data.chat_template import check_chat_template, encode_chat_turns
 from dataflex.data.conversations import Conversation, Message, Unusable
 from dataflex.errors import UsageError
 
+DAY = datetime.date(2026, 1, 2)
 CHAT = Conversation(
     [Message("user", "a"), Message("assistant", " b "), Message("user", "c"), Message("assistant", "d")]
 )
@@ -29,7 +31,7 @@ FORGETS = "{% for m in messages[-2:] %}{{ m.content }}{% endfor %}"
 
 
 def texts(tokenizer, conversation: Conversation) -> list[tuple[str, str]]:
-    turns = encode_chat_turns(tokenizer, conversation)
+    turns = encode_chat_turns(tokenizer, conversation, True, DAY)
     return [(tokenizer.decode(prompt), tokenizer.decode(response)) for prompt, response in turns]
 
 
@@ -55,7 +57,7 @@ def test_thinking_turned_off_is_told_to_the_template(tokenizer) -> None:
         "{% if add_generation_prompt %}[assistant]{{ '()' if enable_thinking is false }}{% endif %}"
     )
     for setting, opening in ((False, "[assistant]()"), (True, "[assistant]"), (None, "[assistant]")):
-        turns = encode_chat_turns(tokenizer, CHAT, setting)
+        turns = encode_chat_turns(tokenizer, CHAT, setting, DAY)
         assert [tokenizer.decode(response) for _, response in turns] == [" b .", "d."]
         assert tokenizer.decode(turns[0][0]) == "[user]a." + opening
 
@@ -76,7 +78,7 @@ def test_tools_in_a_template_that_knows_them(tokenizer) -> None:
 def test_conversations_a_template_cannot_word(tokenizer, template: str, reason: str) -> None:
     tokenizer.chat_template = template
     with pytest.raises(Unusable, match=reason):
-        encode_chat_turns(tokenizer, Conversation(CHAT.messages, system="s"))
+        encode_chat_turns(tokenizer, Conversation(CHAT.messages, system="s"), True, DAY)
 
 
 def test_no_chat_template(tokenizer) -> None:

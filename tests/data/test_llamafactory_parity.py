@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from dataflex.config import RunConfig
-from dataflex.data import tools
 from dataflex.data.catalog import find_sources
 from dataflex.data.conversations import Unusable, to_conversation
 from dataflex.data.examples import load_split, row_encoder
@@ -23,17 +22,12 @@ from dataflex.data.records import read_records
 FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = json.loads(gzip.decompress((FIXTURES / "llamafactory-0.9.5.json.gz").read_bytes()))
 POOL = ("history", "turns", "chat", "thoughts")
+DAY = datetime.datetime.strptime(REFERENCE["date"], "%d %b %Y").date()
 TEMPLATES = sorted({case["template"] for case in REFERENCE["cases"]}, key=str)
 
 
 def digest(row: list[list[int]]) -> str:
     return hashlib.sha256(json.dumps(row, separators=(",", ":")).encode()).hexdigest()[:16]
-
-
-@pytest.fixture(autouse=True)
-def frozen_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    date = datetime.datetime.strptime(REFERENCE["date"], "%d %b %Y").date()
-    monkeypatch.setattr(tools, "today", lambda: date)
 
 
 def folder_of(case: dict, data_dir: Path) -> Path:
@@ -43,7 +37,7 @@ def folder_of(case: dict, data_dir: Path) -> Path:
 def encoded_rows(case: dict, data_dir: Path, tokenizer) -> Iterator[list[list[int]] | None]:
     """What this project makes of a case's rows; None for a row it drops."""
     settings = {key: value for key, value in case.items() if key not in ("dataset", "rows", "full")}
-    encode = row_encoder(RunConfig(**settings), tokenizer)
+    encode = row_encoder(RunConfig(**settings, prompt_date=DAY), tokenizer)
     (source,) = find_sources([case["dataset"]], folder_of(case, data_dir))
     for record in read_records(source)[: len(case["rows"])]:
         try:

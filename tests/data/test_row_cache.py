@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dataflex.config import RunConfig
-from dataflex.data import examples, tools
+from dataflex.data import examples
 from dataflex.data import row_cache as cache
 from dataflex.data.examples import Split, load_split
 from dataflex.errors import UsageError
@@ -49,7 +49,7 @@ def config(folder: Path, **values: object) -> RunConfig:
 
 
 def contents(split: Split) -> tuple:
-    return list(split.examples), split.report, split.hash
+    return list(split.examples), split.report, split.fingerprint
 
 
 def test_a_cached_result_is_the_same_and_encodes_nothing(
@@ -137,13 +137,10 @@ def test_the_tokenizer_decides_the_key(tmp_path: Path, data, tokenizer, counted)
 
 
 @pytest.mark.filterwarnings("ignore:the tokenizer lacks")
-def test_the_date_decides_the_key_where_the_template_tells_it(
-    tmp_path: Path, data, tokenizer, counted, monkeypatch
-) -> None:
+def test_the_date_decides_the_key_where_the_template_tells_it(tmp_path: Path, data, tokenizer, counted) -> None:
     for template in ("smollm2", "llama3"):
-        for date in ("2026-01-02", "2026-01-03"):
-            monkeypatch.setattr(tools, "today", lambda date=date: date)
-            load_split(config(tmp_path, template=template), tokenizer)
+        for day in ("2026-01-02", "2026-01-03"):
+            load_split(config(tmp_path, template=template, prompt_date=day), tokenizer)
     assert len(counted) == 1 + 2
 
 

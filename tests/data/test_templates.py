@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from dataflex.data.template_table import EMPTY_THOUGHT, TEMPLATES
 from dataflex.data.templates import Thinking, encode_turns, find_template, prepare_tokenizer
 from dataflex.errors import UsageError
 
+DAY = datetime.date(2026, 1, 2)
 HELLO = Conversation([Message("user", "Hi"), Message("assistant", "Hello")])
 
 
@@ -16,7 +18,7 @@ HELLO = Conversation([Message("user", "Hi"), Message("assistant", "Hello")])
 def test_llama3_as_text(tokenizer) -> None:
     template = find_template("llama3")
     prepare_tokenizer(tokenizer, template)
-    ((prompt, response),) = encode_turns(template, tokenizer, HELLO)
+    ((prompt, response),) = encode_turns(template, tokenizer, HELLO, Thinking(), DAY)
     assert prompt[0] == tokenizer.bos_token_id
     assert tokenizer.decode(prompt[1:]) == (
         "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -28,14 +30,14 @@ def test_llama3_as_text(tokenizer) -> None:
 def test_a_default_system_yields_to_the_rows_own(tokenizer) -> None:
     template = find_template("smollm2")
     own = Conversation(HELLO.messages, system="Mine.")
-    texts = [tokenizer.decode(encode_turns(template, tokenizer, c)[0][0]) for c in (HELLO, own)]
+    texts = [tokenizer.decode(encode_turns(template, tokenizer, c, Thinking(), DAY)[0][0]) for c in (HELLO, own)]
     assert "trained by Hugging Face." in texts[0]
     assert texts[1].startswith("<|im_start|>system\nMine.<|im_end|>")
 
 
 def test_only_the_first_prompt_has_the_system_text(tokenizer) -> None:
     twice = Conversation(HELLO.messages * 2)
-    first, second = encode_turns(find_template("qwen"), tokenizer, twice)
+    first, second = encode_turns(find_template("qwen"), tokenizer, twice, Thinking(), DAY)
     assert second[0] != first[0]
     assert first[0][-len(second[0]) :] == second[0]
 
@@ -43,7 +45,7 @@ def test_only_the_first_prompt_has_the_system_text(tokenizer) -> None:
 def test_placeholders_in_a_rows_text_stay_as_they_are(tokenizer) -> None:
     text = "{{content}} {{name}}"
     conversation = Conversation([Message("user", text), Message("assistant", text)])
-    ((prompt, response),) = encode_turns(find_template("smollm2"), tokenizer, conversation)
+    ((prompt, response),) = encode_turns(find_template("smollm2"), tokenizer, conversation, Thinking(), DAY)
     assert text in tokenizer.decode(prompt)
     assert tokenizer.decode(response).startswith(text)
 
@@ -97,10 +99,10 @@ THOUGHTFUL = Conversation(
     ],
 )
 def test_thoughts(tokenizer, thinking: Thinking, prompt_end: str, responses: list[str]) -> None:
-    turns = encode_turns(find_template("qwen3"), tokenizer, THOUGHTFUL, thinking)
+    turns = encode_turns(find_template("qwen3"), tokenizer, THOUGHTFUL, thinking, DAY)
     assert [tokenizer.decode(response) for _, response in turns] == [text + "<|im_end|>\n" for text in responses]
     assert tokenizer.decode(turns[1][0]).endswith("<|im_start|>assistant\n" + prompt_end)
-    plain = encode_turns(find_template("qwen3_nothink"), tokenizer, THOUGHTFUL, thinking)
+    plain = encode_turns(find_template("qwen3_nothink"), tokenizer, THOUGHTFUL, thinking, DAY)
     assert tokenizer.decode(plain[1][1]) == "Bye<|im_end|>\n"
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from dataflex.data.conversations import Unusable
 from dataflex.data.tools import TOOL_FORMATS, function_text, tool_prompt
 
+DAY = datetime.date(2026, 1, 2)
 CLOCK = {"name": "clock", "description": "The time.", "parameters": {"properties": {"zone": {"type": "string"}}}}
 CALL = '{"name": "clock", "arguments": {"zone": "Köln"}}'
 
@@ -24,11 +26,11 @@ def test_calls_in_each_format() -> None:
 
 @pytest.mark.parametrize("name", TOOL_FORMATS)
 def test_prompts_name_the_tool_and_an_empty_list_says_nothing(name: str) -> None:
-    assert "clock" in tool_prompt(name, json.dumps([CLOCK]))
-    assert tool_prompt(name, json.dumps([{"type": "function", "function": CLOCK}])) == tool_prompt(
-        name, json.dumps([CLOCK])
+    assert "clock" in tool_prompt(name, json.dumps([CLOCK]), DAY)
+    assert tool_prompt(name, json.dumps([{"type": "function", "function": CLOCK}]), DAY) == tool_prompt(
+        name, json.dumps([CLOCK]), DAY
     )
-    assert tool_prompt(name, "[]") == ""
+    assert tool_prompt(name, "[]", DAY) == ""
 
 
 def test_a_thought_stays_before_the_call() -> None:
@@ -44,7 +46,7 @@ def test_glm4_words_one_call(calls: str) -> None:
 @pytest.mark.parametrize("tools", ["not json", '{"name": "x"}', "[1]", "3", '[{"name": "x"}]', '[{"parameters": 1}]'])
 def test_malformed_tools_are_a_reason(tools: str) -> None:
     with pytest.raises(Unusable, match="malformed tools"):
-        tool_prompt("default", tools)
+        tool_prompt("default", tools, DAY)
 
 
 @pytest.mark.parametrize("call", ["", "text", "1", "[1]", '{"name": "x"}', '{"name": 1, "arguments": {}}'])

@@ -11,11 +11,12 @@ import pytest
 
 from dataflex import load_config
 from dataflex.errors import UsageError
-from dataflex.gradients.store import GradientStore, open_store
-from dataflex.gradients.store_writer import StoreWriter, create_store
 from dataflex.influence import stored
 from dataflex.influence.scores import influence, parse_weights, ranking, read_scores, round_robin
 from dataflex.influence.scoring import score
+from dataflex.store.manifest import Manifest
+from dataflex.store.reader import GradientStore, open_store
+from dataflex.store.writer import StoreWriter, create_store
 
 K = 64
 
@@ -31,6 +32,7 @@ def make_store(path: Path, rows: np.ndarray, *, subtask=None, rate=1e-4, dtype="
         "projector": "sketch",
         **changes,
     }
+    manifest = Manifest.from_json(json.dumps(manifest))
     create_store(path, manifest=manifest, row=np.arange(len(rows)) * 2, tokens=np.ones(len(rows)), subtask=subtask)
     with StoreWriter(path) as writer:
         writer.write(list(range(len(rows))), rows.astype(np.float32), np.zeros(len(rows)))

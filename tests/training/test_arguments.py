@@ -14,7 +14,8 @@ from transformers import TrainingArguments
 from dataflex import load_config
 from dataflex.config import RunConfig, save_config
 from dataflex.errors import UsageError
-from dataflex.provenance import RunRecord, find_record, origin
+from dataflex.origin import origin
+from dataflex.provenance import RunRecord, find_record
 from dataflex.training.arguments import KNOWN, training_arguments
 from dataflex.training.resume import check_resume
 
@@ -130,10 +131,12 @@ def test_an_override_wins_over_a_further_key_of_the_yaml(tmp_path: Path):
 
 def test_a_run_is_told_from_another_by_the_further_keys_that_change_it(tmp_path: Path):
     plain, tuned = from_yaml(tmp_path), from_yaml(tmp_path, metric_for_best_model="loss", log_level="error")
-    before, after = origin(plain, "train"), origin(tuned, "train")
-    assert {key: after[key] for key in after.keys() - before.keys()} == {"metric_for_best_model": "loss"}
+    before, after = origin(plain, "train", {}, {}), origin(tuned, "train", {}, {})
+    assert {key: value for key, value in after.keys.items() if before.keys[key] != value} == {
+        "metric_for_best_model": "loss"
+    }
     for first, then in ((before, after), (after, before)):  # a key that is gone is a difference as well
-        record = RunRecord(tmp_path, {"finished": False, "origin": first})
+        record = RunRecord(tmp_path, {"finished": False, "origin": first.as_json()})
         record.note()
         with pytest.raises(UsageError, match=r"differs in metric_for_best_model \("):
             find_record(plain.changed(output_dir=str(tmp_path)), then)

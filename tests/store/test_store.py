@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients.store import decode_rows, encode_rows, open_store
-from dataflex.gradients.store_writer import StoreWriter, create_store
+from dataflex.store.layout import RowLayout
+from dataflex.store.manifest import Manifest
+from dataflex.store.reader import open_store
+from dataflex.store.writer import StoreWriter, create_store
 
 N, K = 7, 96
 
@@ -24,12 +26,9 @@ N, K = 7, 96
 def made(path: Path, dtype: str = "float16") -> Path:
     create_store(
         path,
-        manifest={
-            "store_dtype": dtype,
-            "proj_dim": K,
-            "parameters": [["a", 5]],
-            "datasets": [["first", 0], ["second", 20]],
-        },
+        manifest=Manifest(
+            store_dtype=dtype, proj_dim=K, parameters=[["a", 5]], datasets=[["first", 0], ["second", 20]]
+        ),
         row=np.array([0, 1, 3, 4, 20, 21, 25]),
         tokens=np.arange(N),
         subtask=["x", "y", "x", "x", "y", "é", "x"],
@@ -74,6 +73,7 @@ def test_the_contract_of_the_file(tmp_path):
             "gradients": ((N, K // 8), "uint8"),
             "norm": ((N,), "float32"),
             "loss": ((N,), "float32"),
+            "checksum": ((N,), "uint64"),
             "row": ((N,), "int64"),
             "tokens": ((N,), "int32"),
             "done": ((N,), "uint8"),
@@ -133,7 +133,7 @@ def full_disk(handle: int) -> None:
 
 def test_a_second_writer_is_refused(tmp_path):
     path = made(tmp_path / "g.h5")
-    code = f"from dataflex.gradients import store_writer as s\ns.StoreWriter(s.Path({str(path)!r}))"
+    code = f"from dataflex.store import writer as s\ns.StoreWriter(s.Path({str(path)!r}))"
     with StoreWriter(path):
         second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "another process is writing it" in second.stderr
@@ -145,7 +145,7 @@ def test_a_long_parameter_list_fits(tmp_path):
     parameters = [[f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight", 4096] for i in range(3000)]
     create_store(
         tmp_path / "g.h5",
-        manifest={"store_dtype": "float16", "proj_dim": 8, "parameters": parameters, "datasets": []},
+        manifest=Manifest(store_dtype="float16", proj_dim=8, parameters=parameters),
         row=np.arange(2),
         tokens=np.arange(2),
         subtask=None,
@@ -173,7 +173,7 @@ def test_nothing_is_left_when_a_store_cannot_be_made(tmp_path):
     with pytest.raises(TypeError):
         create_store(
             tmp_path / "g.h5",
-            manifest={"store_dtype": "float16", "proj_dim": 8, "parameters": object(), "datasets": []},
+            manifest=Manifest(store_dtype="float16", proj_dim=8, parameters=object()),
             row=np.arange(2),
             tokens=np.arange(2),
             subtask=None,
@@ -183,6 +183,7 @@ def test_nothing_is_left_when_a_store_cannot_be_made(tmp_path):
 
 def test_encoding_keeps_the_sign_and_the_scale_of_each_row():
     rows = np.array([[0.6, -0.8, 0.0], [1.0, 0.0, 0.0]], dtype=np.float32)
-    assert encode_rows(rows, "int8").tolist() == [[95, -127, 0], [127, 0, 0]]
-    assert encode_rows(rows, "int1").tolist() == [[0b10100000], [0b11100000]]
-    np.testing.assert_allclose(decode_rows(encode_rows(rows, "int1"), "int1", 3)[0], np.array([1, -1, 1]) / 3**0.5)
+    assert RowLayout("int8", 3).encode(rows).tolist() == [[95, -127, 0], [127, 0, 0]]
+    signs = RowLayout("int1", 3)
+    assert signs.encode(rows).tolist() == [[0b10100000], [0b11100000]]
+    np.testing.assert_allclose(signs.decode(signs.encode(rows))[0], np.array([1, -1, 1]) / 3**0.5)

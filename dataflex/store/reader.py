@@ -1,15 +1,9 @@
-"""The gradient store, one HDF5 file: how rows are kept, and how they are read. store_writer.py makes and fills it.
-
-A row whose direction is all zero or not finite has no place among unit vectors. Where such rows are to be
-skipped they are done, with norm 0 and zeros for a vector: `GradientStore.bad`. Nothing scores or selects them.
-"""
+"""Reading a gradient store: rows as unit vectors, some at a time, and whether the file is as it was written."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,40 +12,10 @@ import h5py
 import numpy as np
 
 from dataflex.errors import UsageError
+from dataflex.store.layout import FORMAT, VERSION, FileLayout, header_checksum, row_checksum
+from dataflex.store.manifest import Manifest
 
-FORMAT = "dataflex-gradients"
-VERSION = 1
-TILE_NUMBERS = 1 << 20  # 4 MiB of float32
-WIDTH_DTYPE = {"float16": np.float16, "float32": np.float32, "int8": np.int8, "int1": np.uint8}
-
-
-def encode_rows(unit: np.ndarray, dtype: str) -> np.ndarray:
-    """Unit rows [n, k] float32 as they are stored: int8 scaled to its row's largest, int1 signs packed 8 to a byte."""
-    if dtype == "int8":
-        largest = np.abs(unit).max(axis=1, keepdims=True)
-        return np.rint(unit * np.divide(127, largest, out=largest, where=largest > 0)).astype(np.int8)
-    if dtype == "int1":
-        return np.packbits(unit >= 0, axis=1)
-    return unit.astype(WIDTH_DTYPE[dtype])
-
-
-def to_float(stored: np.ndarray, dtype: str, out: np.ndarray) -> None:
-    """Write stored rows to `out` [n, k] float32, as long as they happen to be: signs are ±1."""
-    if dtype == "int1":
-        np.multiply(np.unpackbits(stored, axis=1, count=out.shape[1]), 2, out=out)
-        out -= 1
-    else:  # numpy takes ten times as long over float16
-        import torch
-
-        torch.from_numpy(out).copy_(torch.from_numpy(stored))
-
-
-def decode_rows(stored: np.ndarray, dtype: str, dim: int) -> np.ndarray:
-    """Stored rows as unit rows [n, k] float32: rounding is undone by normalising again."""
-    rows = np.empty((len(stored), dim), dtype=np.float32)
-    to_float(stored, dtype, rows)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms != 0)  # a row not done yet is zero
+TILE_FLOATS = 1 << 20  # 4 MiB of float32
 
 
 class GradientStore:
@@ -75,15 +39,14 @@ class GradientStore:
                 raise UsageError(
                     f"gradient store {path}: format version {attributes.get('version')}, expected {VERSION}"
                 )
-            self.manifest: dict[str, Any] = json.loads(attributes["manifest"])
-            self.dtype: str = self.manifest["store_dtype"]
-            self.dim: int = self.manifest["proj_dim"]
+            self.manifest = Manifest.from_json(attributes["manifest"])
+            self._rows = self.manifest.row_layout
             self.row: np.ndarray = self._file["row"][:]
             self.tokens: np.ndarray = self._file["tokens"][:]
             self.subtask: list[str] | None = (
                 self._file["subtask"].asstr()[:].tolist() if "subtask" in self._file else None
             )
-            checksum = checksum_of(attributes["manifest"], self.row, self.tokens, self.subtask)
+            checksum = header_checksum(attributes["manifest"], self.row, self.tokens, self.subtask)
             # a store that another program made may have none
             self.sound = attributes.get("checksum", checksum) == checksum
         except (KeyError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
@@ -101,6 +64,16 @@ class GradientStore:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @property
+    def dim(self) -> int:
+        """k, the width of a row."""
+        return self.manifest.proj_dim
+
+    @property
+    def file_layout(self) -> FileLayout:
+        """Where the rows lie in the file."""
+        return FileLayout.of(self._file)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -129,42 +102,77 @@ class GradientStore:
     @property
     def dataset(self) -> list[str] | None:
         """Each row's dataset where several were collected, else None."""
-        starts = self.manifest["datasets"]
+        starts = self.manifest.datasets
         if len(starts) < 2:
             return None
-        places = np.searchsorted([row for _, row in starts], self.row, side="right") - 1
-        return [starts[place][0] for place in places]
+        numbers = np.searchsorted([row for _, row in starts], self.row, side="right") - 1
+        return [starts[number][0] for number in numbers]
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Unit rows, [n, k] float32 ([k] for a single index)."""
         if isinstance(rows, (int, np.integer)):
             index = range(len(self))[rows]
             return self[index : index + 1][0]
-        decoded = decode_rows(self._file["gradients"][rows], self.dtype, self.dim)
-        if self.dtype == "int1":  # signs have no zero
+        stored = self._file["gradients"][rows]
+        self._require_intact(stored, rows)
+        decoded = self._rows.decode(stored)
+        if self.manifest.store_dtype == "int1":  # signs have no zero
             decoded[self._file["norm"][rows] == 0] = 0
         return decoded
 
-    def tiles(self, start: int, stop: int, numbers: int = TILE_NUMBERS) -> Iterator[tuple[int, np.ndarray]]:
-        """(first index, rows [n, k] float32 as long as they are kept) from `start` to `stop`, some at a time.
+    def tiles(self, start: int, stop: int, max_floats: int = TILE_FLOATS) -> Iterator[tuple[int, np.ndarray]]:
+        """(first index, rows [n, k] float32 in whatever length they are kept) from `start` to `stop`, tile by tile.
 
-        They come in one buffer, small enough for a core's cache: use them before the next. Threads may each have
-        their own; the bytes are read past HDF5, which lets one thread in at a time.
+        A tile lies in one buffer, small enough for a core's cache: use it before the next. Threads may each have
+        tiles of their own; the bytes are read past HDF5, which lets one thread in at a time.
+
+        Raises:
+            UsageError: naming the first row whose bytes are not those it was written with.
         """
         data = self._file["gradients"]
-        count = max(1, numbers // self.dim)
+        count = max(1, max_floats // self.dim)
         floats = np.empty((count, self.dim), dtype=np.float32)
         raw = np.empty((count, *data.shape[1:]), dtype=data.dtype)
-        place, stride = data.id.get_offset(), raw[0].nbytes
+        offset, stride = data.id.get_offset(), raw[0].nbytes
         with open(self.path, "rb", buffering=0) as handle:
             for first in range(start, stop, count):
-                some = min(count, stop - first)
-                if place is None:  # another program has packed the file
-                    data.read_direct(raw, np.s_[first : first + some], np.s_[:some])
+                rows = min(count, stop - first)
+                if offset is None:  # another program has packed the file
+                    data.read_direct(raw, np.s_[first : first + rows], np.s_[:rows])
                 else:
-                    _read_fully(handle.fileno(), raw[:some], place + first * stride)
-                to_float(raw[:some], self.dtype, floats[:some])
-                yield first, floats[:some]
+                    _read_fully(handle.fileno(), raw[:rows], offset + first * stride)
+                self._require_intact(raw[:rows], slice(first, first + rows))
+                self._rows.to_float(raw[:rows], floats[:rows])
+                yield first, floats[:rows]
+
+    def _require_intact(self, stored: np.ndarray, rows: Any) -> None:
+        damaged = self._damaged(stored, rows)
+        if damaged.any():
+            raise UsageError(
+                f"gradient store {self.path}: damaged, the gradient of row {self.row[rows][damaged][0]} is not the one "
+                "that was written; write the store again with --overwrite"
+            )
+
+    def _damaged(self, stored: np.ndarray, rows: Any) -> np.ndarray:
+        """[n] bool: which of the `stored` rows, those of index `rows`, are done and not as they were written.
+
+        A store that another program made has no checksums: there a vector of zeros tells, if its norm is not zero.
+        """
+        done = self._file["done"][rows] == 1
+        if "checksum" not in self._file:
+            return done & (self._file["norm"][rows] > 0) & ~stored.any(axis=1) & (self.manifest.store_dtype != "int1")
+        found = np.array([row_checksum(row) for row in stored], dtype=np.uint64)
+        return done & (found != self._file["checksum"][rows])
+
+    def damaged_rows(self) -> list[int]:
+        """Numbers of the rows that are done and whose bytes are not those they were written with. Reads the whole
+        file."""
+        damaged: list[int] = []
+        step = max(1, TILE_FLOATS // self.dim)
+        for start in range(0, len(self), step):
+            part = slice(start, min(start + step, len(self)))
+            damaged += self.row[part][self._damaged(self._file["gradients"][part], part)].tolist()
+        return damaged
 
     def require_sound(self) -> None:
         """Raise a UsageError if what the file says of its rows is not what was once written."""
@@ -199,12 +207,3 @@ def _read_fully(handle: int, into: np.ndarray, place: int) -> None:
 def open_store(path: str | Path) -> GradientStore:
     """Open a gradient store for reading."""
     return GradientStore(path)
-
-
-def checksum_of(manifest: str, row: np.ndarray, tokens: np.ndarray, subtask: Sequence[str] | None) -> str:
-    """sha256 (hex) over what a store says of its rows before any is computed."""
-    digest = hashlib.sha256(manifest.encode())
-    digest.update(row.astype("<i8").tobytes())
-    digest.update(tokens.astype("<i4").tobytes())
-    digest.update(json.dumps(subtask).encode())
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -22,59 +22,50 @@ import numpy as np
 
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import disk_errors_of
-from dataflex.gradients.store import FORMAT, VERSION, WIDTH_DTYPE, GradientStore, checksum_of, encode_rows
-
-BYTES_BESIDE = 9  # of each row: norm, loss, done
+from dataflex.store.layout import FORMAT, NUMPY_DTYPE, VERSION, header_checksum, row_checksum
+from dataflex.store.manifest import Manifest
+from dataflex.store.reader import GradientStore
 
 
 def create_store(
     path: Path,
     *,
-    manifest: Mapping[str, Any],
+    manifest: Manifest,
     row: np.ndarray,
     tokens: np.ndarray,
     subtask: list[str] | None,
 ) -> None:
-    """Make a store with room for every row and none done; atomic.
-
-    `manifest` must hold `store_dtype`, `proj_dim` and `parameters`, the list of [name, size].
-    """
-    dtype, dim, count = manifest["store_dtype"], manifest["proj_dim"], len(row)
-    width = -(-dim // 8) if dtype == "int1" else dim
+    """Make a store with room for every row and none done; atomic."""
     with _keeping_writers_out(path):
         with disk_errors_of(f"gradient store {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
         freed = 512 * path.stat().st_blocks if path.exists() else 0
-        _check_room(path, count * (width * np.dtype(WIDTH_DTYPE[dtype]).itemsize + BYTES_BESIDE) - freed)
+        _check_room(path, len(row) * manifest.row_layout.row_bytes - freed)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with disk_errors_of(f"gradient store {path}"):
-                _write_empty(temporary, manifest, row, tokens, subtask, (count, width))
+                _write_empty(temporary, manifest, row, tokens, subtask)
                 _put_in_place(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def _write_empty(
-    path: Path,
-    manifest: Mapping[str, Any],
-    row: np.ndarray,
-    tokens: np.ndarray,
-    subtask: list[str] | None,
-    shape: tuple[int, int],
+    path: Path, manifest: Manifest, row: np.ndarray, tokens: np.ndarray, subtask: list[str] | None
 ) -> None:
-    text = json.dumps(manifest)
+    text, count = manifest.to_json(), len(row)
     # from 1.10 on attributes may be longer than 64 KiB; the list of a large adapter's parameters is
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
         file.attrs["format"] = FORMAT
         file.attrs["version"] = VERSION
         file.attrs["manifest"] = text
-        file.attrs["checksum"] = checksum_of(text, row, tokens, subtask)
-        file.attrs["parameters"] = json.dumps(manifest["parameters"])
-        _allocate(file, "gradients", shape, WIDTH_DTYPE[manifest["store_dtype"]])
-        _allocate(file, "norm", shape[:1], np.float32)
-        _allocate(file, "loss", shape[:1], np.float32)
-        _allocate(file, "done", shape[:1], np.uint8)
+        file.attrs["checksum"] = header_checksum(text, row, tokens, subtask)
+        file.attrs["parameters"] = json.dumps(manifest.parameters)
+        _allocate(file, "gradients", (count, manifest.row_layout.width), NUMPY_DTYPE[manifest.store_dtype])
+        _allocate(file, "norm", (count,), np.float32)
+        _allocate(file, "loss", (count,), np.float32)
+        _allocate(file, "checksum", (count,), np.uint64)
+        _allocate(file, "done", (count,), np.uint8)
         file["row"] = row.astype(np.int64)
         file["tokens"] = tokens.astype(np.int32)
         if subtask is not None:
@@ -170,14 +161,8 @@ class StoreWriter:
 
     def __init__(self, path: Path) -> None:
         with GradientStore(path) as store:
-            self.dtype, self.dim = store.dtype, store.dim
+            self._rows, self._layout = store.manifest.row_layout, store.file_layout
             self.done = store.done.astype(bool)
-            datasets = {name: store._file[name] for name in ("gradients", "norm", "loss", "done")}
-            self._places = {name: data.id.get_offset() for name, data in datasets.items()}
-            self._strides = {
-                name: data.dtype.itemsize * int(np.prod(data.shape[1:], dtype=np.int64))
-                for name, data in datasets.items()
-            }
         self.path = path
         self._handle = _open_for_writing(path)
         try:
@@ -192,7 +177,7 @@ class StoreWriter:
         """What the rows that are not done will still take of the disk."""
         status = os.fstat(self._handle)
         holes = status.st_size - 512 * status.st_blocks
-        return max(0, min(holes, int((~self.done).sum()) * sum(self._strides.values())))
+        return max(0, min(holes, int((~self.done).sum()) * self._layout.row_bytes))
 
     def write(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray) -> None:
         """Begin to commit rows: `vectors` [n, k] float32 (made unit; zeros stay), `loss` [n]; not to be changed
@@ -213,24 +198,27 @@ class StoreWriter:
     def _commit(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray) -> None:
         norms = np.linalg.norm(vectors, axis=1).astype(np.float32)
         lengths = norms[:, None]
-        encoded = encode_rows(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0), self.dtype)
+        encoded = self._rows.encode(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
         kept = f"; {int(self.done.sum())} of {len(self.done)} rows are committed"
         with disk_errors_of(f"gradient store {self.path}", kept):
             for position, index in enumerate(indices):
                 self._put("gradients", index, encoded[position])
                 self._put("norm", index, norms[position])
                 self._put("loss", index, np.float32(loss[position]))
+                self._put("checksum", index, np.uint64(row_checksum(encoded[position])))
             os.fdatasync(self._handle)
             for index in indices:
                 self._put("done", index, np.uint8(1))
         self.done[indices] = True
 
     def _put(self, name: str, index: int, value: Any) -> None:
+        if name not in self._layout.offset:  # a store of another program's has no checksums
+            return
         data = np.ascontiguousarray(value).tobytes()
-        place = self._places[name] + index * self._strides[name]
+        offset = self._layout.offset[name] + index * self._layout.stride[name]
         while data:
-            written = os.pwrite(self._handle, data, place)
-            data, place = data[written:], place + written
+            written = os.pwrite(self._handle, data, offset)
+            data, offset = data[written:], offset + written
 
     def close(self) -> None:
         try:

@@ -162,5 +162,5 @@ def test_train_leaves_a_config_that_runs_again(pipeline: Pipeline, monkeypatch: 
     monkeypatch.chdir(pipeline.folder)
     config = load_config("saves/selected/config.yaml")
     assert config == load_config("run.yaml", ["dataset=saves/subset.jsonl", "output_dir=saves/selected"]).changed(
-        selector="less"
+        selector="less", prompt_date=config.prompt_date
     )

@@ -31,10 +31,11 @@ from dataflex.data.examples import Example, load_split
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import batches_of, project_rows
-from dataflex.gradients.projection import Projector, make_projector
 from dataflex.lora import Slot
 from dataflex.model import add_lora, check_vocabulary, compute_dtype, load_base_model, load_tokenizer, on_device
 from dataflex.progress import SILENT, Progress
+from dataflex.projection.protocol import Projector
+from dataflex.projection.table import make_projector
 from dataflex.provenance import device_name
 from dataflex.store.manifest import Manifest
 from dataflex.store.writer import StoreWriter, create_store

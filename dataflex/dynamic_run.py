@@ -17,10 +17,10 @@ from dataflex.errors import UsageError
 from dataflex.files import read_jsonl, write_jsonl
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.passes import mean_loss
-from dataflex.gradients.projection import check_projector
 from dataflex.influence.scores import best_rows, score_records
 from dataflex.model import check_vocabulary, compute_dtype, device, load_tokenizer
 from dataflex.progress import SILENT, Progress
+from dataflex.projection.table import check_projector
 from dataflex.provenance import RunRecord, Stopwatch
 from dataflex.selectors import Situation, make_selector
 from dataflex.training.arguments import training_arguments

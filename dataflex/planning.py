@@ -133,9 +133,9 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
         token_budget_for,
         training_memory,
     )
-    from dataflex.gradients.projection import check_projector
     from dataflex.lora import layout, lora_pairs
     from dataflex.model import add_lora, compute_dtype, device, load_model_config
+    from dataflex.projection.table import check_projector, projector_class
     from dataflex.store.layout import RowLayout
 
     try:
@@ -148,7 +148,7 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
         base_parameters, weights = base.num_parameters(), multiplied_weights(base)
         adapter = sum(slot.size for slot in layout(lora_pairs(add_lora(base, config))))
     result.sizes = {"base_parameters": base_parameters, "adapter_parameters": adapter}
-    dim = adapter if config.projector == "none" else config.proj_dim or 0
+    dim = projector_class(config.projector).width(adapter, config.proj_dim or 0)
     rows = {name: len(split.examples) for name, split in splits.items()}
     if command == "grads" or (command == "dynamic" and not config.is_exact):
         layout_of_rows = RowLayout(config.store_dtype, dim)

@@ -10,8 +10,9 @@ from dataflex.data.batches import collate
 from dataflex.data.examples import load_split
 from dataflex.gradients.capture import adapter_values, make_capture, row_gradients, undisturbed
 from dataflex.gradients.passes import project_rows
-from dataflex.gradients.projection import Identity, Sketch
 from dataflex.model import add_lora, load_base_model, load_tokenizer
+from dataflex.projection.identity import Identity
+from dataflex.projection.sketch import Sketch
 
 
 @pytest.fixture(scope="module")

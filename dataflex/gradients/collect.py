@@ -19,12 +19,11 @@ from dataflex.fingerprints import base_model_fingerprint, live_adapter_fingerpri
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import batches_of, name_bad_rows, project_rows
-from dataflex.gradients.projection import make_projector
 from dataflex.keys import Decides, select_keys
 from dataflex.masking import masked
 from dataflex.model import check_vocabulary, compute_dtype, load_adapter, load_frozen_model, load_tokenizer, on_device
 from dataflex.progress import SILENT, Interrupted, Progress
-from dataflex.provenance import device_name
+from dataflex.projection.table import make_projector, projector_class
 from dataflex.store.manifest import Manifest, check_same_work
 from dataflex.store.reader import GradientStore
 from dataflex.store.writer import StoreWriter, create_store
@@ -152,6 +151,7 @@ def manifest_of(
     """The manifest of a store of the directions of `split` at the parameters of `capture`. Collective under ZeRO-3."""
     gradient_type = config.eval_gradient_type if split_name == "eval" else config.gradient_type
     base_model, base_facts = base_model_fingerprint(config, progress)
+    projector = projector_class(config.projector)
     typed: dict[str, Any] = {
         "model_name_or_path": masked(config.model_name_or_path),
         "base_model": base_model,
@@ -167,9 +167,8 @@ def manifest_of(
         "gradient_type": gradient_type,
         "adam_formula": config.adam_formula if gradient_type == "adam" else None,
         "moments": moments_fingerprint(moments) if gradient_type == "adam" and moments is not None else None,
-        # fast_jl's kernels are built for one kind of GPU; the others' signs depend on nothing but the seed
-        "projector_device": device_name() if config.projector == "fast_jl" else None,
-        "proj_dim": capture.parameters if config.projector == "none" else config.proj_dim,
+        "projector_device": projector.manifest_device(),
+        "proj_dim": projector.width(capture.parameters, config.proj_dim),
         "store_dtype": config.store_dtype,
         "parameters": [[slot.name, slot.size] for slot in capture.slots],
         "token_budget": capture.token_budget,

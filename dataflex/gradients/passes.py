@@ -18,9 +18,9 @@ from dataflex.errors import DataflexError
 from dataflex.gradients.capture import Capture, adapter_values, row_gradients, undisturbed
 from dataflex.gradients.direction import Direction
 from dataflex.gradients.loss import row_losses
-from dataflex.gradients.projection import Projector
 from dataflex.lora import Slot
 from dataflex.progress import SILENT, Progress
+from dataflex.projection.protocol import Projector
 
 # Neither the projected rows of one batch nor a tensor's gradients of all its rows take more than so many numbers
 # (1 GiB of float32).

@@ -13,9 +13,10 @@ from dataflex.errors import DataflexError
 from dataflex.gradients.capture import Capture
 from dataflex.gradients.direction import Direction
 from dataflex.gradients.passes import batches_of, project_rows
-from dataflex.gradients.projection import Identity, Queries
 from dataflex.influence.scores import ONE_SUBTASK, check_subtasks
 from dataflex.progress import SILENT, Progress
+from dataflex.projection.identity import Identity
+from dataflex.projection.queries import Queries
 
 
 def exact_cosines(

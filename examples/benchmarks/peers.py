@@ -41,8 +41,8 @@ from shared import Inputs, Row, read_inputs, spread, write_inputs
 
 import dataflex
 from dataflex.errors import DataflexError
-from dataflex.gradients.projection import Identity
 from dataflex.model import load_tokenizer
+from dataflex.projection.identity import Identity
 from dataflex.provenance import device_name
 
 HERE = Path(__file__).parent

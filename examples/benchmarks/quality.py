@@ -25,10 +25,12 @@ from dataflex.data.examples import Split, load_split
 from dataflex.gradients.collect import checkpoint_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import batches_of, project_rows
-from dataflex.gradients.projection import Projector, Queries, make_projector
 from dataflex.gradients.store import decode_rows, encode_rows
 from dataflex.influence.exact import exact_cosines
 from dataflex.model import load_tokenizer
+from dataflex.projection.protocol import Projector
+from dataflex.projection.queries import Queries
+from dataflex.projection.table import make_projector
 from dataflex.provenance import device_name
 from dataflex.training.moments import load_moments
 

@@ -12,7 +12,8 @@ from dataflex.data.examples import Example
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import Direction, make_direction
 from dataflex.gradients.passes import batches_of, project_rows
-from dataflex.gradients.projection import Projector, make_projector
+from dataflex.projection.protocol import Projector
+from dataflex.projection.table import make_projector
 from dataflex.training.moments import load_moments
 
 

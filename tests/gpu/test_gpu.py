@@ -18,8 +18,10 @@ from dataflex import load_config, open_store
 from dataflex.data.examples import load_split
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.passes import batches_of, project_rows
-from dataflex.gradients.projection import Identity, Projector, make_projector
 from dataflex.model import add_lora, device, load_base_model, load_tokenizer
+from dataflex.projection.identity import Identity
+from dataflex.projection.protocol import Projector
+from dataflex.projection.table import make_projector
 
 HIDDEN = {"CUDA_VISIBLE_DEVICES": ""}
 

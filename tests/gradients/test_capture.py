@@ -14,8 +14,8 @@ from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients.capture import adapter_values, can_fuse, make_capture, row_gradients, undisturbed
 from dataflex.gradients.loss import row_losses
 from dataflex.gradients.passes import mean_loss, project_rows
-from dataflex.gradients.projection import Identity
 from dataflex.lora import layout, lora_pairs
+from dataflex.projection.identity import Identity
 
 
 def autograd_gradients(model: torch.nn.Module, example) -> tuple[dict[str, torch.Tensor], float]:
@@ -210,8 +210,8 @@ from conftest import row
 from dataflex import load_config
 from dataflex.gradients.capture import make_capture
 from dataflex.gradients.passes import batches_of, project_rows
-from dataflex.gradients.projection import make_projector
 from dataflex.model import add_lora, load_base_model
+from dataflex.projection.table import make_projector
 
 class Said:
     lines = []

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients import fast_jl
-from dataflex.gradients.fast_jl import FastJl, make_fast_jl
+from dataflex.projection import fast_jl
+from dataflex.projection.fast_jl import FastJl
+from dataflex.projection.table import make_projector
 
 DIM = 512
 WORD = 0xFFFFFFFF
@@ -82,7 +83,7 @@ def test_the_kernel_s_signs_are_those_of_its_source():
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 32, 70])
 def test_inner_products_come_through_whatever_the_batch(rows, monkeypatch):
-    monkeypatch.setattr(fast_jl, "MOST_PARAMETERS", 1000)
+    monkeypatch.setattr(fast_jl, "MAX_PARAMETERS", 1000)
     monkeypatch.setattr(fast_jl, "TILE", 300)
     vectors = torch.randn(rows, 3000, generator=torch.Generator().manual_seed(rows))
     vectors[:, 1500:] = vectors[:, :1500]  # one sign for both halves would double what they share
@@ -150,9 +151,9 @@ def test_a_bad_row_is_not_blamed_on_the_kernels():
 
 def test_what_is_missing_is_said(monkeypatch):
     with pytest.raises(UsageError, match="CUDA GPU, and there is none"):
-        make_fast_jl(DIM, 1, torch.device("cpu"))
+        make_projector("fast_jl", 100, DIM, 1, torch.device("cpu"))
     with pytest.raises(UsageError, match="pip install --no-build-isolation fast_jl"):
-        make_fast_jl(DIM, 1, torch.device("cuda"))
+        make_projector("fast_jl", 100, DIM, 1, torch.device("cuda"))
     monkeypatch.setattr(fast_jl, "find_spec", lambda name: True)
     with pytest.raises(UsageError, match="proj_dim is 700; its kernels take multiples of 512"):
-        make_fast_jl(700, 1, torch.device("cuda"))
+        make_projector("fast_jl", 100, 700, 1, torch.device("cuda"))

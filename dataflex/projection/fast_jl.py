@@ -1,26 +1,28 @@
-"""The dense ±1 projection of the `fast_jl` package, LESS's and TRAK's own kernel, on CUDA."""
+"""`projector: fast_jl`: the dense ±1 projection of the package of that name, LESS's and TRAK's own kernel, on CUDA."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.nn import functional
 
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients.projection import counter_hash
+from dataflex.projection.counter_hash import counter_hash
+from dataflex.projection.protocol import NamedProjector
+from dataflex.provenance import device_name
 
 # its build imports torch, and asks for compute capability 7.0, which CUDA 13 no longer compiles
 INSTALL = "pip install --no-build-isolation fast_jl"
 DIM_MULTIPLE = 512
 TILE = 4096  # parameters that take their signs from one run of the kernel's generators
 RUN_IN = 768  # zeros before them: a generator's first draws are nearly the same in every column of the matrix
-MOST_PARAMETERS = 1 << 18  # of a call, which holds an image of each tile; the kernel's own limit is 2³² numbers
+MAX_PARAMETERS = 1 << 18  # of a call, which holds an image of each tile; the kernel's own limit is 2³² numbers
 LARGEST_EXPONENT = 14  # the kernel computes with float16, which holds 2⁻²⁴ to 2¹⁶: each row is scaled to below 2¹⁴
 
 
-class FastJl:
+class FastJl(NamedProjector):
     """Dense random signs over √k, made inside the kernel: unbiased, with variance about ‖x‖²‖y‖²/k.
 
     Costs rows × n × k multiplications, about a fifth more for the run-in, and no memory for the signs. They depend
@@ -43,9 +45,32 @@ class FastJl:
         self.seed = seed
         self.checked = False
 
+    @classmethod
+    def make(cls, parameters: int, dim: int, seed: int, device: torch.device) -> Self:
+        import fast_jl
+
+        return cls(fast_jl, dim, seed)
+
+    @classmethod
+    def check(cls, dim: int, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise UsageError("projector fast_jl runs on a CUDA GPU, and there is none; use projector=sketch")
+        if find_spec("fast_jl") is None:
+            raise UsageError(
+                f"projector fast_jl needs its package, built with CUDA 12 beside a torch for CUDA 12: {INSTALL}; "
+                "or use projector=sketch"
+            )
+        if dim % DIM_MULTIPLE:
+            raise UsageError(f"projector fast_jl: proj_dim is {dim}; its kernels take multiples of {DIM_MULTIPLE}")
+
+    @classmethod
+    def manifest_device(cls) -> str | None:
+        """The GPU: the package's kernels are built for one kind of GPU."""
+        return device_name()
+
     def add(self, out: torch.Tensor, offset: int, values: torch.Tensor) -> None:
-        for start in range(0, values.shape[1], MOST_PARAMETERS):
-            piece = values[:, start : start + MOST_PARAMETERS]
+        for start in range(0, values.shape[1], MAX_PARAMETERS):
+            piece = values[:, start : start + MAX_PARAMETERS]
             # every call draws the same signs for its first parameter, so every piece has a seed of its own
             seed = counter_hash(self.seed, 3, offset + start) >> 1
             for first in range(0, len(piece), 32):
@@ -55,7 +80,7 @@ class FastJl:
                 out[rows].add_(image)
 
     def _project(self, values: torch.Tensor, seed: int) -> torch.Tensor:
-        """At most 32 rows of at most MOST_PARAMETERS; the kernels take 8, 16 or 32 of them."""
+        """At most 32 rows of at most MAX_PARAMETERS; the kernels take 8, 16 or 32 of them."""
         rows, parameters = values.shape
         width = next(width for width in (8, 16, 32) if width >= rows)
         tiles = -(-parameters // TILE)
@@ -89,24 +114,3 @@ def check_projection(values: torch.Tensor, image: torch.Tensor) -> None:
             f"projector fast_jl gives {what}: its kernels do not fit this GPU. Build it anew "
             f"({INSTALL} --force-reinstall --no-deps --no-cache-dir), or use projector=sketch"
         )
-
-
-def check_fast_jl(dim: int, place: torch.device) -> None:
-    """Raise a UsageError without CUDA, without the package, or for a width its kernels do not have."""
-    if place.type != "cuda":
-        raise UsageError("projector fast_jl runs on a CUDA GPU, and there is none; use projector=sketch")
-    if find_spec("fast_jl") is None:
-        raise UsageError(
-            f"projector fast_jl needs its package, built with CUDA 12 beside a torch for CUDA 12: {INSTALL}; "
-            "or use projector=sketch"
-        )
-    if dim % DIM_MULTIPLE:
-        raise UsageError(f"projector fast_jl: proj_dim is {dim}; its kernels take multiples of {DIM_MULTIPLE}")
-
-
-def make_fast_jl(dim: int, seed: int, place: torch.device) -> FastJl:
-    """The projector on this machine; errors as `check_fast_jl` has them."""
-    check_fast_jl(dim, place)
-    import fast_jl
-
-    return FastJl(fast_jl, dim, seed)

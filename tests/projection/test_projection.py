@@ -7,8 +7,13 @@ import hashlib
 import pytest
 import torch
 
-from dataflex.gradients import projection
-from dataflex.gradients.projection import Identity, Queries, Rademacher, Sketch, counter_hash, make_projector
+from dataflex.projection import sketch as sketch_module
+from dataflex.projection.counter_hash import counter_hash
+from dataflex.projection.identity import Identity
+from dataflex.projection.queries import Queries
+from dataflex.projection.rademacher import Rademacher
+from dataflex.projection.sketch import Sketch
+from dataflex.projection.table import make_projector
 
 P, K = 5000, 256
 
@@ -27,7 +32,7 @@ def project(projector, vectors: torch.Tensor, cuts: list[int]) -> torch.Tensor:
     return out
 
 
-def numbers(rows: int, seed: int = 0) -> torch.Tensor:
+def gaussian(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, P, generator=torch.Generator().manual_seed(seed))
 
 
@@ -40,7 +45,7 @@ def test_the_hash_is_pinned():
 
 def test_hash_bits_are_fair():
     bits = counter_hash(7, 0, torch.arange(1 << 16))
-    share = torch.stack([(bits >> place & 1).float().mean() for place in range(32)])
+    share = torch.stack([(bits >> bit & 1).float().mean() for bit in range(32)])
     assert (share - 0.5).abs().max() < 5 * 0.5 / 256  # five standard errors
 
 
@@ -56,7 +61,7 @@ def test_golden_vectors(name):
 
 @pytest.mark.parametrize("name", ["sketch", "rademacher", "none"])
 def test_slices_and_batches_do_not_matter(name):
-    vectors = numbers(3)
+    vectors = gaussian(3)
     whole = project(make_projector(name, P, K, 5, "cpu"), vectors, [])
     sliced = project(make_projector(name, P, K, 5, "cpu"), vectors, [1, 100, 777, 4096])
     alone = project(make_projector(name, P, K, 5, "cpu"), vectors[1:2], [2048])
@@ -66,21 +71,21 @@ def test_slices_and_batches_do_not_matter(name):
 
 def test_the_sketch_is_the_map_its_docstring_says():
     sketch = Sketch(P, K, 3)
-    vector = numbers(1)
+    vector = gaussian(1)
     wanted = torch.zeros(K)
     for j in range(P):
         wanted[(j + sketch.shifts[j // K]) % K] += sketch.signs[j] * vector[0, j]
     torch.testing.assert_close(project(sketch, vector, [999])[0], wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("numbers_at_once", [1, 3 * 2 * K, 1 << 26])
+@pytest.mark.parametrize("max_floats", [1, 3 * 2 * K, 1 << 26])
 @pytest.mark.parametrize("cuts", [[], [1, 100, 777, 4096], [K, 4 * K, 4 * K + 1]])
-def test_whole_blocks_together_are_the_same_sketch(cuts, numbers_at_once, monkeypatch):
-    vectors = numbers(3).round()  # whole numbers: the same in any order
+def test_whole_blocks_together_are_the_same_sketch(cuts, max_floats, monkeypatch):
+    vectors = gaussian(3).round()  # whole numbers: the same in any order
     sketch = Sketch(P, K, 5)
     one_by_one = project(sketch, vectors, cuts)
-    monkeypatch.setattr(projection, "SLOW_TO_START", {"cpu"})
-    monkeypatch.setattr(projection, "GATHERED_NUMBERS", numbers_at_once)
+    monkeypatch.setattr(sketch_module, "SLOW_TO_START", {"cpu"})
+    monkeypatch.setattr(sketch_module, "MAX_FLOATS", max_floats)
     together = []
     monkeypatch.setattr(
         sketch, "_add_blocks", lambda *args: (together.append(args[1]), Sketch._add_blocks(sketch, *args))
@@ -93,12 +98,12 @@ def test_rademacher_is_its_matrix():
     projector = Rademacher(P, K, 3)
     matrix = projector.matrix(0, P)
     assert set((matrix * K**0.5).round().unique().tolist()) == {-1.0, 1.0}
-    torch.testing.assert_close(project(projector, numbers(2), []), numbers(2) @ matrix, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(project(projector, gaussian(2), []), gaussian(2) @ matrix, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["sketch", "rademacher"])
 def test_inner_products_are_unbiased_with_the_variance_of_theory(name):
-    x, y = numbers(2, seed=8)
+    x, y = gaussian(2, seed=8)
     y = 0.4 * x + y  # an inner product well away from zero
     seeds = 400 if name == "sketch" else 60
     found = []
@@ -123,11 +128,11 @@ def test_aligned_outliers_do_not_collapse_the_sketch():
 
 
 def test_queries_are_inner_products_and_the_norm():
-    queries, vectors = numbers(2, seed=3), numbers(4, seed=4)
+    queries, vectors = gaussian(2, seed=3), gaussian(4, seed=4)
     out = project(Queries(queries), vectors, [17, 3000])
     torch.testing.assert_close(out[:, :2], vectors @ queries.T, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(out[:, 2], vectors.norm(dim=1) ** 2, rtol=1e-4, atol=1e-3)
 
 
 def test_identity_keeps_every_number():
-    assert torch.equal(project(Identity(P), numbers(2), [10, 20]), numbers(2))
+    assert torch.equal(project(Identity(P), gaussian(2), [10, 20]), gaussian(2))

@@ -7,7 +7,7 @@ each key is its help: the command line prints the same words.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -25,8 +25,24 @@ from pydantic import (
     model_validator,
 )
 
+from dataflex.errors import UsageError
 from dataflex.keys import TRAINS, USERS, Decides, Key, mark_of, select_keys
+from dataflex.named import listing
+from dataflex.projection import table as projection
+from dataflex.selectors import table as selectors
 from dataflex.trainer_keys import TrainerKeys
+
+
+def _of_table(check: Callable[[str], str]) -> Callable[[str], str]:
+    """The check of a table's names, with the error that pydantic gathers."""
+
+    def checked(name: str) -> str:
+        try:
+            return check(name)
+        except UsageError as error:
+            raise ValueError(str(error)) from None
+
+    return checked
 
 
 def _comma_list(value: Any) -> Any:
@@ -262,9 +278,14 @@ class RunConfig(BaseModel):
     """DataFlex's mode; selecting rows is the one there is."""
     components_cfg_file: Annotated[str | None, Key(Decides.NOTHING, path="input")] = None
     """YAML of selectors and their parameters; the packaged defaults when left out."""
-    component_name: Annotated[str, AS_RUN] = "less"
-    """Which selector picks the rows: less, random, or a name in components_cfg_file."""
-    selector: Annotated[Literal["less", "random"], Key(Decides.SCORES, used_by=("dynamic",))] = "less"
+    component_name: Annotated[str, AS_RUN] = Field(
+        "less",
+        description=f"Which selector picks the rows. {listing(selectors.SELECTORS)} Or a name in components_cfg_file, "
+        "the name of an entry point of the group dataflex.selectors, or a class as package.module:Class.",
+    )
+    selector: Annotated[
+        str, AfterValidator(_of_table(selectors.check_name)), Key(Decides.SCORES, used_by=("dynamic",))
+    ] = "less"
     """The algorithm behind component_name (its `name` in components_cfg_file)."""
     warmup_step: Annotated[NonNegativeInt, Key(Decides.TRAINING, used_by=("warmup", "dynamic"))] = 10
     """Optimizer steps on random rows before the first selection."""
@@ -284,9 +305,9 @@ class RunConfig(BaseModel):
     """Adam's step: bias-corrected as torch's, without correction (dataflex), or with epsilon in the root (less)."""
     proj_dim: Annotated[PositiveInt | None, PROJECTION] = 8192
     """Dimensions a gradient is projected to; null scores exactly and keeps no store."""
-    projector: Annotated[Literal["sketch", "rademacher", "fast_jl", "none"], PROJECTION] = "sketch"
-    """How: a sparse sketch (one pass over the parameters), dense random signs (rademacher; fast_jl on CUDA, through
-    the package of that name), or not at all."""
+    projector: Annotated[str, AfterValidator(_of_table(projection.check_name)), PROJECTION] = Field(
+        "sketch", description=f"Projection method. {listing(projection.PROJECTORS)}"
+    )
     proj_seed: Annotated[NonNegativeInt, PROJECTION] = 123
     """Seed of the projection (`seed` in a component's params)."""
     store_dtype: Annotated[Literal["float16", "float32", "int8", "int1"], Key(Decides.STORE, component=True)] = (
@@ -453,8 +474,6 @@ def help_of(key: str) -> str:
 def require(config: RunConfig, command: str, *further: str) -> None:
     """Raise a UsageError that names every key that `command` needs and `config` lacks: those whose mark says so, and
     the `further` ones."""
-    from dataflex.errors import UsageError
-
     # held-out rows stand in for eval_dataset
     missing = [
         key

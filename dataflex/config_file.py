@@ -6,7 +6,6 @@ found before any is reported.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import warnings
@@ -19,13 +18,10 @@ from pydantic import ValidationError
 
 from dataflex.config import COMPONENT_KEYS, INPUT_KEYS, PATH_KEYS, RunConfig
 from dataflex.errors import UsageError
+from dataflex.named import suggestion
 from dataflex.peer_keys import NEUTRAL, PEER_KEYS, PEER_PARAMS, REFUSED_KEYS, RENAMED_KEYS
+from dataflex.selectors import table as selectors
 from dataflex.trainer_keys import TrainerKeys
-
-PACKAGED_COMPONENTS: dict[str, dict[str, Any]] = {
-    "less": {"name": "less", "params": {}},
-    "random": {"name": "random", "params": {}},
-}
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -178,9 +174,7 @@ def _drop_peer_keys(
     for key in unknown:
         del values[key]
         if key not in peer:
-            close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            problems.append(f"{noun} {key!r}: unknown{hint}")
+            problems.append(f"{noun} {key!r}: unknown{suggestion(key, known)}")
     return unused
 
 
@@ -225,7 +219,7 @@ def _component(values: dict[str, Any], problems: list[str]) -> tuple[dict[str, A
     if not isinstance(name, str) or not isinstance(path, str | None):
         return {}, []  # told with the other wrong values
     if path is None:
-        components, where = PACKAGED_COMPONENTS, "the packaged components"
+        components, where = selectors.packaged_components(), "the packaged components"
     else:
         where = f"components file {path}"
         try:
@@ -235,9 +229,13 @@ def _component(values: dict[str, Any], problems: list[str]) -> tuple[dict[str, A
             return {}, []
         if isinstance(components.get("selectors"), dict):
             components = components["selectors"]
+    if name not in components and (path is None or ":" in name):
+        return _selector(name, "key 'component_name'", problems), []
     if name not in components:
         choices = ", ".join(str(key) for key in components) or "none"
-        problems.append(f"key 'component_name': no {name!r} in {where}; it has {choices}")
+        problems.append(
+            f"key 'component_name': no {name!r} in {where}; it has {choices}{suggestion(name, map(str, components))}"
+        )
         return {}, []
     component = components[name]
     if not isinstance(component, dict) or not isinstance(component.get("params") or {}, dict):
@@ -247,7 +245,16 @@ def _component(values: dict[str, Any], problems: list[str]) -> tuple[dict[str, A
     if "seed" in params:
         params["proj_seed"] = params.pop("seed")
     unused = _drop_peer_keys(params, COMPONENT_KEYS, PEER_PARAMS, f"{where}, {name!r}: parameter", problems)
-    return {**params, "selector": component.get("name", name)}, unused
+    return {**params, **_selector(component.get("name", name), f"{where}, {name!r}", problems)}, unused
+
+
+def _selector(name: Any, where: str, problems: list[str]) -> dict[str, Any]:
+    """The key `selector`, or none and a problem where nothing bears the name."""
+    try:
+        return {"selector": selectors.check_name(name) if isinstance(name, str) else name}
+    except UsageError as error:
+        problems.append(f"{where}: {error}")
+        return {}
 
 
 def _describe(error: ValidationError) -> list[str]:
@@ -261,5 +268,6 @@ def _describe(error: ValidationError) -> list[str]:
             continue
         given = repr(item["input"])
         given = given if len(given) < 80 else f"{given[:77]}..."
-        lines.append(f"key {key!r}: {message[0].lower()}{message[1:]}, not {given}")
+        found = "" if isinstance(item["input"], str) and given in message else f", not {given}"
+        lines.append(f"key {key!r}: {message[0].lower()}{message[1:]}{found}")
     return lines

@@ -22,7 +22,9 @@ from dataflex.model import check_vocabulary, compute_dtype, device, load_tokeniz
 from dataflex.progress import SILENT, Progress
 from dataflex.projection.table import check_projector
 from dataflex.provenance import RunRecord, Stopwatch
-from dataflex.selectors import Situation, make_selector
+from dataflex.selectors.protocol import Selector, Situation
+from dataflex.selectors.scoring import score_rows
+from dataflex.selectors.table import make_selector
 from dataflex.training.arguments import training_arguments
 from dataflex.training.plots import plot_loss
 from dataflex.training.resume import last_checkpoint, step_of
@@ -38,6 +40,7 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
     """
     require(config, "dynamic")
     check_run_folder(config)
+    selector = make_selector(config.selector)
     if not config.is_exact:
         check_projector(config.projector, config.proj_dim, device())
     schedule = dynamic_schedule(config)
@@ -62,7 +65,7 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
     if config.token_budget is None:  # a run taken up again cuts the batches it began with, whatever is free now
         capture = replace(capture, token_budget=record.facts.get("token_budget", capture.token_budget))
         record.note(token_budget=capture.token_budget)
-    rounds = _Rounds(config, schedule, capture, train, validation, record, progress, watch)
+    rounds = _Rounds(config, selector, schedule, capture, train, validation, record, progress, watch)
     rounds.recall(step_of(last_checkpoint(output_dir)))
     with watch.phase("training"):
         history = fit(
@@ -124,6 +127,7 @@ class _Rounds:
     """Makes the selections as the training reaches them, and says which rows each step takes."""
 
     config: RunConfig
+    selector: Selector
     schedule: Schedule
     capture: Capture
     train: Split
@@ -136,7 +140,6 @@ class _Rounds:
 
     def __post_init__(self) -> None:
         self.folder = Path(self.config.output_dir)
-        self.selector = make_selector(self.config)
 
     def recall(self, resumed_at: int) -> None:
         """Read the selections that a run taken up after `resumed_at` steps has made already."""
@@ -173,7 +176,7 @@ class _Rounds:
             past_steps=[past for past in self.selections if past < step],
             progress=self.progress,
         )
-        scores = self.selector.score(situation)
+        scores = score_rows(self.selector, situation)
         best = best_rows(scores, self.schedule.rows_per_selection)
         if processes.rank() == 0:
             write_jsonl(self.folder / "selections" / f"step-{step}.jsonl", score_records(scores, best))

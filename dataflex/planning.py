@@ -13,6 +13,7 @@ from dataflex.errors import UsageError
 from dataflex.files import check_output_file
 from dataflex.keys import TRAINS
 from dataflex.progress import SILENT, Progress
+from dataflex.selectors.table import make_selector
 
 HEADER_BYTES = 12  # a row: its number and its supervised tokens
 
@@ -39,6 +40,8 @@ def plan(config: RunConfig, command: str, progress: Progress = SILENT) -> Plan:
     require(config, command)
     result = Plan(command, config.model_dump(mode="json", exclude_none=True))
     _check_outputs(config, command)
+    if command == "dynamic":
+        make_selector(config.selector)
     splits = _load_splits(config, command, result, progress)
     if command in TRAINS:
         result.schedule = _schedule(config, command, splits.get("train"))

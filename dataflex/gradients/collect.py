@@ -47,7 +47,7 @@ def grads(config: RunConfig, progress: Progress = SILENT) -> Path:
     require(config, "grads", dataset_key)
     if len(config.checkpoint) != 1:
         raise UsageError(f"grads takes one checkpoint, not {len(config.checkpoint)}; write a store for each")
-    if config.proj_dim is None and config.projector != "none":
+    if config.proj_dim is None and projector_class(config.projector).needs_dim:
         raise UsageError("proj_dim null means exact scores without a store; use `score --exact`, or projector=none")
     path = Path(config.output)
     check_output_file(path, overwrite=True)

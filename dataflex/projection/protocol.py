@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 
@@ -24,6 +24,8 @@ class Projector(Protocol):
 class NamedProjector(ABC):
     """A Projector that the key `projector` can name."""
 
+    needs_dim: ClassVar[bool] = True
+    """Whether proj_dim decides k."""
     dim: int
 
     @abstractmethod
@@ -37,7 +39,8 @@ class NamedProjector(ABC):
 
     @classmethod
     def check(cls, dim: int, device: torch.device) -> None:
-        """Raise a UsageError where the projector cannot run on `device` or with proj_dim `dim`."""
+        """Raise a UsageError where the projector cannot run on `device` or with proj_dim `dim`. Most run everywhere."""
+        return None
 
     @classmethod
     def width(cls, parameters: int, dim: int) -> int:

@@ -1,51 +1,36 @@
-"""What `component_name` names. A selector looks at a training run that stands still and picks its next rows.
+"""What `component_name` names: a selector looks at a training run between two steps and scores the training rows.
 
-To add one: a file with a class that has `select`, and its name here and in RunConfig.selector.
+A selector is a class with one method, `score`. For instance, in a file mymod.py of a package mypkg:
+
+    \"\"\"Prefer rows with many supervised tokens.\"\"\"
+
+    import numpy as np
+
+    from dataflex.data.encoding import UNSUPERVISED
+    from dataflex.influence.scores import Scores
+    from dataflex.selectors.protocol import Situation
+
+
+    class Long:
+        \"\"\"A row's score is the number of its tokens that training learns from.\"\"\"
+
+        def score(self, situation: Situation) -> Scores:
+            examples = situation.train.examples
+            lengths = np.zeros(len(examples))
+            for index, example in enumerate(examples):
+                lengths[index] = sum(label != UNSUPERVISED for label in example.labels)
+            situation.progress.say(f"the longest row has {lengths.max():.0f} supervised tokens")
+            return situation.scores(lengths)
+
+It runs as it stands, wherever Python finds the package:
+
+    dataflex dynamic run.yaml component_name=mypkg.mymod:Long
+
+A package that is installed can give it a name, by an entry point in its pyproject.toml, for component_name=long:
+
+    [project.entry-points."dataflex.selectors"]
+    long = "mypkg.mymod:Long"
+
+To add one to dataflex itself: a file here, and a line in table.py. `Situation` (protocol.py) says what a selector can
+see: the model, the optimizer's moments, the rows, and where it may keep files.
 """
-
-from __future__ import annotations
-
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
-
-from dataflex.config import RunConfig
-from dataflex.data.examples import Split
-from dataflex.gradients.capture import Capture
-from dataflex.influence.scores import Scores
-from dataflex.progress import Progress
-from dataflex.training.moments import AdamMoments
-
-
-@dataclass(frozen=True)
-class Situation:
-    """A run between two optimizer steps. Selectors leave the model as they find it."""
-
-    config: RunConfig
-    capture: Capture
-    train: Split
-    validation: Split
-    moments: AdamMoments
-    """Live: after `moments.step` steps, the step before which rows are selected."""
-    cache: Path
-    """A folder for this selection's gradient stores."""
-    memory: Path
-    """The run's folder of selections, where a selector may leave `step-<s>.safetensors` for those to come."""
-    past_steps: list[int]
-    """The steps of the selections before this one."""
-    progress: Progress
-
-
-class Selector(Protocol):
-    """Scores the training rows; the best are taken."""
-
-    def score(self, situation: Situation) -> Scores:
-        """A score for every training row, in the order of `situation.train.examples`."""
-
-
-def make_selector(config: RunConfig) -> Selector:
-    """The selector that `component_name` stands for."""
-    from dataflex.selectors.less import LessSelector
-    from dataflex.selectors.random import RandomSelector
-
-    return {"less": LessSelector, "random": RandomSelector}[config.selector]()

@@ -1,4 +1,4 @@
-"""LESS: rows whose Adam step points where the validation gradient points (arXiv 2402.04333)."""
+"""`component_name: less`: rows whose Adam step points where the validation gradient points (arXiv 2402.04333)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dataflex.files import atomic
 from dataflex.gradients.collect import collect
 from dataflex.gradients.direction import make_direction
 from dataflex.influence.exact import exact_cosines
-from dataflex.influence.scores import Scores, influence, normalise_weights, scores_of
+from dataflex.influence.scores import Scores, influence, normalise_weights
 from dataflex.influence.stored import open_pairs, stored_cosines
-from dataflex.selectors import Situation
+from dataflex.selectors.protocol import Situation
 
 
 class LessSelector:
-    """Scores sum over the selections so far; each leaves its cosines on disk for those to come, so that a run
-    taken up again remembers as much as one that never stopped."""
+    """Scores sum over the selections so far. Each selection leaves its cosines on disk for the next ones, so that a
+    resumed run remembers as much as a run that never stopped."""
 
     def score(self, situation: Situation) -> Scores:
         config = situation.config
@@ -30,7 +30,7 @@ class LessSelector:
         past = [_recall(situation.memory, step) for step in steps]
         weights = normalise_weights([learning_rate for _, learning_rate in past])
         score, by_subtask = influence([values for values, _ in past], weights, config.reduce)
-        return scores_of(situation.train.examples, len(config.dataset) > 1, names, score, by_subtask)
+        return situation.scores(score, dict(zip(names, by_subtask, strict=True)))
 
 
 def _remember(situation: Situation, cosines: np.ndarray) -> None:

@@ -1,11 +1,11 @@
-"""Random rows: what a selector must beat."""
+"""`component_name: random`: what a selector must beat."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from dataflex.influence.scores import Scores, scores_of
-from dataflex.selectors import Situation
+from dataflex.influence.scores import Scores
+from dataflex.selectors.protocol import Situation
 
 
 class RandomSelector:
@@ -13,6 +13,4 @@ class RandomSelector:
 
     def score(self, situation: Situation) -> Scores:
         generator = np.random.default_rng((situation.config.seed, 2, situation.moments.step))
-        examples = situation.train.examples
-        numbers = generator.random(len(examples))
-        return scores_of(examples, len(situation.config.dataset) > 1, [], numbers, np.empty((0, len(numbers))))
+        return situation.scores(generator.random(len(situation.train.examples)))

@@ -6,6 +6,7 @@ same numbers from the same arguments, signs included, slowly.
 
 from __future__ import annotations
 
+import sys
 import types
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from dataflex.errors import DataflexError, UsageError
 from dataflex.projection import fast_jl
 from dataflex.projection.fast_jl import FastJl
-from dataflex.projection.table import make_projector
+from dataflex.projection.table import make_projector, projector_class
 
 DIM = 512
 WORD = 0xFFFFFFFF
@@ -147,6 +148,13 @@ def test_a_bad_row_is_not_blamed_on_the_kernels():
     image = project(FastJl(kernels(), DIM, 7), vectors, 1000)
     assert image.isfinite().all(dim=1).tolist() == [True, False, True, False, True]
     assert not image[2].any()
+
+
+def test_the_projector_is_made_from_the_installed_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fast_jl", kernels())
+    vectors = torch.randn(3, 2000, generator=torch.Generator().manual_seed(3))
+    made = projector_class("fast_jl").make(2000, DIM, 7, torch.device("cpu"))
+    assert torch.equal(project(made, vectors, 700), project(FastJl(kernels(), DIM, 7), vectors, 700))
 
 
 def test_what_is_missing_is_said(monkeypatch):

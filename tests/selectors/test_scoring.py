@@ -1,0 +1,139 @@
+"""What a selector may give back, and what is said of anything else."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dataflex import dynamic, load_config
+from dataflex.data.rows import Example
+from dataflex.errors import DataflexError, UsageError
+from dataflex.influence.scores import Scores
+from dataflex.selectors.protocol import Situation
+from dataflex.selectors.scoring import score_rows
+
+ROWS = [3, 4, 9]
+
+
+@pytest.fixture
+def situation(tmp_path: Path) -> Situation:
+    """Three training rows; what a selector of this file does not look at is left out."""
+    examples = [Example(row, [1, 2], [-100, 2], None, "data") for row in ROWS]
+    split = SimpleNamespace(examples=examples)
+    config = load_config(options={"dataset": "data", "selector": "my.own:Selector"})
+    return Situation(config, None, split, None, None, tmp_path, tmp_path, [], None)
+
+
+def giving(result: Callable[[Situation], Any]) -> Any:
+    return SimpleNamespace(score=result)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 2, 3],
+        np.array([1, 2, 3], dtype=np.uint8),
+        np.array([1, 2, 3], dtype=np.float16),
+        [1.5, np.nan, -2],
+    ],
+)
+def test_real_numbers_become_float64(values, situation):
+    scores = score_rows(giving(lambda situation: situation.scores(values, {"x": values})), situation)
+    assert scores.score.dtype == scores.subtasks["x"].dtype == np.float64
+    np.testing.assert_array_equal(scores.score, np.array(values, dtype=np.float64))
+    assert scores.row.tolist() == ROWS
+    assert scores.dataset is None
+
+
+WRONG = {
+    "None": (lambda s: None, r"returned a NoneType; expected Scores: return situation\.scores"),
+    "array": (lambda s: np.zeros(3), r"returned a ndarray; expected Scores"),
+    "too few": (
+        lambda s: s.scores([1.0, 2]),
+        r"score is an array of float64 of shape \[2\]; expected 3 real numbers, one for each",
+    ),
+    "too many": (lambda s: s.scores(np.zeros(4)), r"of shape \[4\]; expected 3 real numbers"),
+    "matrix": (lambda s: s.scores(np.zeros((3, 1))), r"of shape \[3, 1\]; expected"),
+    "scalar": (lambda s: s.scores(1.0), r"of shape \[\]; expected"),
+    "booleans": (lambda s: s.scores([True, False, True]), r"an array of bool of shape"),
+    "texts": (lambda s: s.scores(["a", "b", "c"]), r"an array of <U1 of shape"),
+    "complex": (lambda s: s.scores([1j, 2, 3]), r"an array of complex128"),
+    "unequal lists": (
+        lambda s: s.scores([[1], [2, 3], 4]),
+        r"score is a list that is no array \(.*\); expected 3 real",
+    ),
+    "by hand": (lambda s: Scores(np.array(ROWS), np.zeros(2), {}), r"score is an array of float64 of shape \[2\]; exp"),
+    "objects": (lambda s: s.scores([None, 2, 3]), r"an array of object"),
+    "all NaN": (lambda s: s.scores([np.nan] * 3), r"the scores of all 3 rows are NaN; expected numbers"),
+    "infinite": (lambda s: s.scores([1, -np.inf, np.inf]), r"the score of row 4 is -inf; expected a finite number"),
+    "subtask": (lambda s: s.scores([1, 2, 3], {"x": [1, 2]}), r"subtask 'x' is an array of int64 of shape \[2\]"),
+    "other rows": (
+        lambda s: replace(s.scores([1, 2, 3]), row=np.array([4, 3, 9])),
+        r"the rows of its scores are not the training rows in their order",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_anything_else_is_refused_by_the_selectors_name(case, situation):
+    result, message = WRONG[case]
+    with pytest.raises(DataflexError, match=message) as raised:
+        score_rows(giving(result), situation)
+    assert not isinstance(raised.value, UsageError)
+    assert str(raised.value).startswith("selector 'my.own:Selector'")
+
+
+EACH_ITS_OWN = """
+from types import SimpleNamespace
+from dataflex import load_config, processes
+from dataflex.data.rows import Example
+from dataflex.selectors.protocol import Situation
+from dataflex.selectors.scoring import score_rows
+
+processes.join(60, False)
+split = SimpleNamespace(examples=[Example(row, [1], [1], None, "data") for row in range(3)])
+situation = Situation(load_config(), None, split, None, None, None, None, [], None)
+selector = SimpleNamespace(score=lambda situation: situation.scores([processes.rank(), 5, 7]))
+print(score_rows(selector, situation).score.tolist())
+processes.leave()
+"""
+
+
+def test_processes_that_score_differently_take_the_first_ones_scores():
+    """Rows are shared out by every process from its own copy of the selection, so the copies must be equal."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", EACH_ITS_OWN],
+            env={**where, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    assert [process.communicate(timeout=120)[0].strip() for process in started] == ["[0.0, 5.0, 7.0]"] * 2
+
+
+def test_a_run_ends_with_the_message(tiny_run, tmp_path, monkeypatch):
+    (tmp_path / "gives_too_few.py").write_text(
+        "class Few:\n    def score(self, situation):\n        return situation.scores([0.5])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {**tiny_run, "component_name": "gives_too_few:Few", "output_dir": str(tmp_path / "out")}
+    with pytest.raises(
+        DataflexError, match=r"^selector 'gives_too_few:Few': score is an array of .* expected 24 real numbers"
+    ):
+        dynamic(load_config(options=options))

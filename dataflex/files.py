@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dataflex.errors import DataflexError, UsageError
+from dataflex.json_text import iter_objects, json_line
 
 # What a write fails with through no fault of the program's.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -79,29 +80,24 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_jsonl(path: Path | str, records: Iterable[Any]) -> None:
+    """Write a record a line; a UsageError names the file, the record and the field that JSON cannot hold."""
     with atomic(path) as handle:
-        for record in records:
-            handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+        for number, record in enumerate(records):
+            try:
+                handle.write(json_line(record) + "\n")
+            except UsageError as error:
+                raise UsageError(f"{path}, record {number}: {error}") from None
 
 
 def read_jsonl(path: Path | str, what: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file; a UsageError names `what` it should be, the file and the line."""
+    """The objects of a JSON file, one a line or in any layout; a UsageError names `what`, the file and the line."""
     try:
-        with open(path, encoding="utf-8") as handle:
-            for number, line in enumerate(handle, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise UsageError(f"{what} {path}, line {number}: not JSON ({error})") from None
-                if not isinstance(record, dict):
-                    raise UsageError(f"{what} {path}, line {number}: expected an object, found {type(record).__name__}")
-                yield record
+        with open(path, encoding="utf-8-sig") as handle:
+            yield from iter_objects(handle, f"{what} {path}")
     except OSError as error:
         raise UsageError(f"{what} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"{what} {path}: not UTF-8 text ({error.reason})") from None
+        raise UsageError(f"{what} {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
 
 
 def check_output_file(path: str | Path, overwrite: bool) -> Path:

@@ -35,7 +35,8 @@ def load_hub(hub: HubDataset, split: str) -> Dataset:
     try:
         return datasets.load_dataset(hub.path, name=hub.subset, data_dir=hub.folder, split=split)
     except Exception as error:  # of the network, the hub, the repository's files or its builder
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ or error  # datasets says no more than that an error occurred
+        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise UsageError(
             f"dataset {hub.path}, split {split}: cannot be loaded from the hub or its cache ({reason}); "
             "check the name and the network, or download the data and give file_name"

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import math
+import sys
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex.data.hub import HubDataset, load_hub
-from dataflex.data.json_array import iter_array
 from dataflex.errors import UsageError
 from dataflex.files import read_jsonl
 
 if TYPE_CHECKING:
     import pyarrow
+    from datasets import Dataset
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt")
 
@@ -53,7 +56,8 @@ class Source:
 
     `formatting` is alpaca, sharegpt or openai as in dataset_info.json, or messages for a file given
     directly that holds OpenAI's chat messages. `split` names the rows used: `train`, or a slice of it such
-    as `train[:10%]`; on the hub any split there is. `path` is None for the hub's.
+    as `train[:10%]`; on the hub any split there is. `path` is None for the hub's. `entry` is who names the columns,
+    in an error's words; None where they are the format's own.
     """
 
     name: str
@@ -64,12 +68,13 @@ class Source:
     num_samples: int | None = None
     split: str = "train"
     hub: HubDataset | None = None
+    entry: str | None = None
 
 
 def iter_records(source: Source) -> Iterator[dict[str, Any]]:
     """The records of a source, in order, never all at once; a UsageError names the file and the row that is not one."""
     if source.hub is not None:
-        yield from load_hub(source.hub, source.split)
+        yield from map(_from_arrow, _hub_rows(source))
         return
     for path in files_of(source):
         yield from _read(path)
@@ -81,10 +86,27 @@ def read_records(source: Source) -> list[dict[str, Any]]:
 
 
 def count_records(source: Source) -> int:
-    """How many records a source has; JSON lines are counted without being parsed."""
+    """How many records a source has, counted as they are read: no other way gives the same number for every file."""
     if source.hub is not None:
-        return len(load_hub(source.hub, source.split))
-    return sum(_count(path) for path in files_of(source))
+        return len(_hub_rows(source))
+    return sum(1 for _ in iter_records(source))
+
+
+def check_columns(source: Source) -> None:
+    """A UsageError if a column that dataset_info.json names is in no record. Reads until each has been met.
+
+    The hub's columns are checked when its rows are first asked for.
+    """
+    if source.entry is None or source.hub is not None:
+        return
+    fields: dict[str, None] = {}
+    for record in iter_records(source):
+        if not record.keys() <= fields.keys():
+            fields.update(dict.fromkeys(record))
+            if not _unknown_columns(source, fields):
+                return
+    if fields:
+        _refuse_unknown_columns(source, fields)
 
 
 def first_record(path: Path) -> dict[str, Any] | None:
@@ -97,7 +119,7 @@ def data_hash(sources: Iterable[Source]) -> str:
     digest = hashlib.sha256()
     for source in sources:
         if source.hub is not None:
-            for record in load_hub(source.hub, source.split):
+            for record in _hub_rows(source):
                 digest.update(json.dumps(record, sort_keys=True, default=str).encode())
             continue
         for path in files_of(source):
@@ -128,10 +150,32 @@ def files_of(source: Source) -> list[Path]:
     return paths
 
 
+def _hub_rows(source: Source) -> Dataset:
+    rows = load_hub(source.hub, source.split)
+    if source.entry is not None:
+        _refuse_unknown_columns(source, rows.column_names)
+    return rows
+
+
+def _unknown_columns(source: Source, fields: Collection[str]) -> list[str]:
+    return [column for column in vars(source.columns).values() if column is not None and column not in fields]
+
+
+def _refuse_unknown_columns(source: Source, fields: Collection[str]) -> None:
+    for column in _unknown_columns(source, fields):
+        spelt = {field.lower(): field for field in fields}
+        close = difflib.get_close_matches(column.lower(), spelt, n=1, cutoff=0.5)
+        hint = f"did you mean {spelt[close[0]]!r}? " if close else ""
+        raise UsageError(
+            f"{source.entry}: column {column!r} is in no record; {hint}The fields there are: "
+            f"{', '.join(map(repr, fields))}. Name one of these, or leave the column out"
+        )
+
+
 def _read(path: Path) -> Iterator[dict[str, Any]]:
     readers = {
         ".json": _read_json,
-        ".jsonl": _read_jsonl,
+        ".jsonl": _read_json,
         ".csv": _read_csv,
         ".parquet": _read_parquet,
         ".arrow": _read_arrow,
@@ -145,65 +189,23 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     except OSError as error:
         raise UsageError(f"data file {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise UsageError(f"data file {path}: not UTF-8 text ({error.reason})") from None
-
-
-def _count(path: Path) -> int:
-    if path.suffix.lower() != ".jsonl":
-        return sum(1 for _ in _read(path))
-    try:
-        with open(path, "rb") as handle:
-            return sum(1 for line in handle if line.strip())
-    except OSError as error:
-        raise UsageError(f"data file {path}: {error.strerror or error}") from None
-
-
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    return read_jsonl(path, "data file")
+        raise UsageError(f"data file {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
 
 
 def _read_json(path: Path) -> Iterator[dict[str, Any]]:
-    if _starts_with_a_record(path):
-        return read_jsonl(path, "data file")
-    return _read_json_array(path)
-
-
-def _starts_with_a_record(path: Path) -> bool:
-    """Whether the first line that is not blank is an object by itself: JSON lines under another name."""
-    with open(path, encoding="utf-8-sig") as handle:
-        while (character := handle.read(1)).isspace():
-            pass
-        if character != "{":  # a whole array may stand on one line: leave it unread
-            return False
-        try:
-            return isinstance(json.loads(character + handle.readline()), dict)
-        except (ValueError, RecursionError):
-            return False
-
-
-def _read_json_array(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        for number, row in enumerate(iter_array(path)):
-            if not isinstance(row, dict):
-                raise UsageError(f"data file {path}, row {number}: expected an object, found {type(row).__name__}")
-            yield row
-    except RecursionError:
-        raise UsageError(f"data file {path}: nested too deeply to be read") from None
-    except UnicodeDecodeError:
-        raise
-    except ValueError as error:
-        raise UsageError(f"data file {path}: not valid JSON ({error})") from None
-    except TypeError as error:
-        raise UsageError(f"data file {path}: expected a list of objects, found {error}") from None
+    return read_jsonl(path, "data file")
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # of every reader in the process; a conversation outgrows the usual 128 KB
     try:
         with open(path, encoding="utf-8-sig", newline="") as handle:
-            for number, row in enumerate(csv.DictReader(handle, strict=True)):
-                if None in row or None in row.values():
+            lines = (line for line in csv.reader(handle, strict=True) if "".join(line[:1]).strip() or len(line) > 1)
+            header = next(lines, [])
+            for number, line in enumerate(lines):
+                if len(line) != len(header):
                     raise UsageError(f"data file {path}, row {number}: not as many fields as the header names")
-                yield {key: value or None for key, value in row.items()}  # csv cannot tell empty from absent
+                yield {key: value or None for key, value in zip(header, line, strict=True)}  # empty is absent in csv
     except csv.Error as error:
         raise UsageError(f"data file {path}: not valid CSV ({error})") from None
 
@@ -221,7 +223,7 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
-                yield from batch.to_pylist()
+                yield from map(_from_arrow, batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise UsageError(f"data file {path}: not a parquet file ({error})") from None
 
@@ -232,7 +234,7 @@ def _read_arrow(path: Path) -> Iterator[dict[str, Any]]:
     try:
         with pyarrow.memory_map(str(path)) as handle:
             for batch in _arrow_batches(handle):
-                yield from batch.to_pylist()
+                yield from map(_from_arrow, batch.to_pylist())
     except pyarrow.ArrowException as error:
         raise UsageError(f"data file {path}: not an Arrow file ({error})") from None
 
@@ -249,3 +251,20 @@ def _arrow_batches(handle: pyarrow.MemoryMappedFile) -> Iterator[pyarrow.RecordB
         yield from map(file.get_batch, range(file.num_record_batches))
     else:
         yield from reader
+
+
+def _from_arrow(record: dict[str, Any]) -> dict[str, Any]:
+    """A row of an Arrow table as JSON lines would hold it.
+
+    Arrow gives every struct every field that any row's has, and fills with null: such fields are left out. NaN is null.
+    """
+    return {key: _without_fillings(value) for key, value in record.items()}
+
+
+def _without_fillings(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = ((key, _without_fillings(item)) for key, item in value.items())
+        return {key: item for key, item in kept if item is not None}
+    if isinstance(value, list):
+        return [_without_fillings(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

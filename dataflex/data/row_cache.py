@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataflex import json_text
 from dataflex.data.rows import Rows, write_batches
 from dataflex.files import atomic
 
@@ -101,6 +102,6 @@ def _code() -> bytes:
     import tokenizers
 
     digest = hashlib.sha256(tokenizers.__version__.encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in [*sorted(Path(__file__).parent.glob("*.py")), Path(json_text.__file__)]:
         digest.update(path.read_bytes())
     return digest.digest()

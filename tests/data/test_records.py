@@ -27,6 +27,7 @@ def test_json_lines_are_read_under_either_suffix(tmp_path: Path, suffix: str) ->
 def test_json_list(tmp_path: Path) -> None:
     assert read_records(write(tmp_path / "rows.json", json.dumps(ROWS))) == ROWS
     assert read_records(write(tmp_path / "empty.json", "[]")) == []
+    assert read_records(write(tmp_path / "lines.jsonl", json.dumps(ROWS))) == ROWS
 
 
 def test_csv_has_no_empty_texts(tmp_path: Path) -> None:
@@ -84,9 +85,9 @@ def test_a_folder_is_its_files_by_name(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("a.json", '[{"a": 1}, 2]', "row 1: expected an object, found int"),
-        ("a.json", '"text"', "expected a list of objects, found str"),
-        ("a.json", '[{"a": 1}', "not valid JSON"),
-        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.json", '"text"', "line 1: expected an object, found str"),
+        ("a.json", '[{"a": 1}', "line 1: not JSON"),
+        ("a.json", '{"a": ' + "[" * 100_000, "nested too deeply"),
         ("a.json", '{"a": 1}\n[2]\n', "line 2: expected an object"),
         ("a.jsonl", '{"a": 1}\nnot json\n', "line 2: not JSON"),
         ("a.csv", "a,b\n1\n", "row 0: not as many fields"),

@@ -12,8 +12,10 @@ from typing import Any
 from dataflex.config import RunConfig
 from dataflex.data.catalog import find_sources
 from dataflex.data.conversations import Unusable, to_conversation
+from dataflex.data.preprocess import subtask_of
 from dataflex.data.preview import first_row, summary
 from dataflex.data.records import Source, files_of, iter_records
+from dataflex.data.report import Report
 from dataflex.errors import UsageError
 from dataflex.files import read_jsonl
 from dataflex.progress import SILENT, Progress
@@ -154,10 +156,11 @@ def _inspect_dataset(config: RunConfig, target: str, progress: Progress, keep: b
         "files": [str(path) for source in sources for path in _places(source)],
     }
     if config.model_name_or_path is None:
-        facts["rows"], dropped = _read_only(sources)
-        facts["dropped"] = {reason: len(rows) for reason, rows in dropped.items()}
-        problems = [f"row {rows[0]}: {reason} ({len(rows)} rows so)" for reason, rows in dropped.items()]
-        return Inspection("dataset", target, facts, problems)
+        report = _read_only(sources)
+        facts["rows"] = report.seen
+        facts["dropped"] = {reason: len(rows) for reason, rows in report.dropped.items()}
+        facts["left_out"] = {what: len(rows) for what, rows in report.left_out.items()}
+        return Inspection("dataset", target, facts, report.problems())
 
     from dataflex.data.examples import load_split
     from dataflex.model import load_tokenizer
@@ -165,7 +168,7 @@ def _inspect_dataset(config: RunConfig, target: str, progress: Progress, keep: b
     tokenizer = load_tokenizer(config)
     split = load_split(config, tokenizer, "train", progress, keep)
     facts |= {"template": config.template or "the tokenizer's own", "cutoff_len": config.cutoff_len}
-    problems = [f"row {rows[0]}: {reason} ({len(rows)} rows so)" for reason, rows in split.report.dropped.items()]
+    problems = split.report.problems()
     example = first_row(split.examples, tokenizer)
     return Inspection("dataset", target, facts, problems, summary(split.report), example)
 
@@ -174,17 +177,19 @@ def _places(source: Source) -> Sequence[object]:
     return files_of(source) if source.hub is None else [source.hub.path]
 
 
-def _read_only(sources: Sequence[Source]) -> tuple[int, dict[str, list[int]]]:
-    """Rows, and those that hold no conversation by reason; what a template makes of them is another matter."""
-    row, dropped = 0, {}
+def _read_only(sources: Sequence[Source]) -> Report:
+    """Rows, those that hold no conversation, and what of them is not read; what a template makes is another matter."""
+    report = Report()
     for source in sources:
         for record in iter_records(source):
+            subtask_of(source, record, report.seen)
             try:
-                to_conversation(source, record)
+                for what in to_conversation(source, record).left_out:
+                    report.left_out.setdefault(what, []).append(report.seen)
             except Unusable as reason:
-                dropped.setdefault(str(reason), []).append(row)
-            row += 1
-    return row, dropped
+                report.dropped.setdefault(str(reason), []).append(report.seen)
+            report.seen += 1
+    return report
 
 
 def _inspect_folder(path: Path) -> Inspection:

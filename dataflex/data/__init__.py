@@ -1,7 +1,7 @@
 """Records → conversations → token rows with masks → batches by token budget.
 
 catalog.py     names → Sources                    records.py     Sources → records, one by one
-json_array.py  a JSON array, item by item         hub.py         datasets of the Hugging Face hub
+hub.py         datasets of the Hugging Face hub   completeness.py  what the tokens do not say
 conversations.py  records → turns                 tools.py       how templates word tools and calls
 template_table.py  the templates, as data         templates.py   turns → token ids by one of them
 chat_template.py  the same by the tokenizer's own template

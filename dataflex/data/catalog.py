@@ -15,8 +15,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dataflex.data.conversations import CHAT_TAGS, SHAREGPT_TAGS
 from dataflex.data.hub import HubDataset
-from dataflex.data.records import SUFFIXES, Columns, Source, Tags, files_of, first_record, iter_records
+from dataflex.data.records import SUFFIXES, Columns, Source, Tags, check_columns, files_of, first_record, iter_records
 from dataflex.errors import UsageError
 
 INFO_FILE = "dataset_info.json"
@@ -27,14 +28,14 @@ DIRECT_LAYOUTS = {
     "messages": (
         "messages",
         Columns(prompt=None, query=None, response=None, messages="messages", system="system", tools="tools"),
-        Tags("role", "content", "user", "assistant", observation="tool", function="function_call", system="system"),
+        CHAT_TAGS,
     ),
     "conversations": (
         "sharegpt",
         Columns(prompt=None, query=None, response=None, system="system", tools="tools"),
-        Tags(),
+        SHAREGPT_TAGS,
     ),
-    "instruction": ("alpaca", Columns(history="history", messages=None, system="system"), Tags()),
+    "instruction": ("alpaca", Columns(history="history", messages=None, system="system"), SHAREGPT_TAGS),
 }
 
 _OTHER_STAGES = {
@@ -76,23 +77,6 @@ def recognise(name: str, path: Path, record: dict[str, Any] | None) -> Source:
         f"data file {path}: {found}; expected a field named messages, conversations or instruction. "
         f"For other names, describe the file in {INFO_FILE} and name that entry"
     )
-
-
-def unread_fields(source: Source) -> dict[str, str]:
-    """Fields of the first record that stand where alpaca data has prompt and query, but whose column is unset."""
-    unset = {
-        field: column
-        for column in ("prompt", "query")
-        if getattr(source.columns, column) is None and (field := getattr(Columns(), column)) is not None
-    }
-    if source.formatting != "alpaca" or not unset:
-        return {}
-    record = next(iter_records(source), None) or {}
-    return {
-        field: column
-        for field, column in unset.items()
-        if field in record and field not in vars(source.columns).values()
-    }
 
 
 def _is_file(name: str) -> bool:
@@ -152,14 +136,19 @@ def _from_entry(name: str, entry: Any, folder: Path) -> Source:
         raise UsageError(f"{where}: tags must give role_tag, content_tag, user_tag and assistant_tag")
     split = _optional_text(entry, "split", where) or "train"
     hub = _hub_dataset(entry, where)
+    path = _entry_path(entry, where, folder) if hub is None else None
+    named = where if "columns" in entry else None
+    source = Source(name, path, formatting, columns, tags, num_samples, split, hub, named)
     if hub is not None:
-        return Source(name, None, formatting, columns, tags, num_samples, split, hub)
-    source = Source(name, _entry_path(entry, where, folder), formatting, columns, tags, num_samples, split)
+        return source
     if len({path.suffix.lower().replace("jsonl", "json") for path in files_of(source)}) > 1:
         raise UsageError(f"{where}: the files in {source.path} are of several kinds; keep one kind to a folder")
     for path in files_of(source):
         if path.suffix.lower() not in SUFFIXES:
             raise UsageError(f"{where}: {path} is of an unknown kind; expected {', '.join(SUFFIXES)}")
+    if next(iter_records(source), None) is None:
+        raise UsageError(f"{where}: {source.path} is empty; fill it, or name another dataset")
+    check_columns(source)
     return source
 
 

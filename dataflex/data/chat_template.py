@@ -57,7 +57,8 @@ def encode_chat_turns(
                 messages, tools=tools or None, add_generation_prompt=add_generation_prompt, tokenize=False, **options
             )
         except Exception as error:  # a template is a program of its own and may raise anything
-            raise Unusable(f"refused by the chat template ({error})") from None
+            reason = " ".join(str(error).split())[:80]
+            raise Unusable(f"refused by the chat template ({reason}); set `template`, or take such turns out") from None
 
     messages = [_as_chat(message, native) for message in conversation.messages]
     system = conversation.system
@@ -68,7 +69,20 @@ def encode_chat_turns(
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False) if text else []
 
-    return [(encode(prompt), encode(response)) for prompt, response in split_turns(render, opening, messages)]
+    try:
+        texts = split_turns(render, opening, messages)
+    except _Rewritten as error:
+        reason = "rewritten by the chat template once more turns follow; set `template`, or take the later turns out"
+        raise conversation.messages[error.place].unusable(reason) from None
+    return [(encode(prompt), encode(response)) for prompt, response in texts]
+
+
+class _Rewritten(Exception):
+    """The text up to a turn is not how the whole conversation's text begins."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__(place)
+        self.place = place
 
 
 def split_turns(render: Render, opening: list[dict[str, Any]], messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -77,35 +91,36 @@ def split_turns(render: Render, opening: list[dict[str, Any]], messages: list[di
     turns, done = [], 0
     for place in range(1, len(messages), 2):
         start = _response_start(render, whole, opening + messages[:place])
-        end = _response_end(render, whole, opening + messages[: place + 1], start)
-        if not done <= start <= end:
-            raise Unusable("rewritten by the chat template")
+        end = _response_end(render, whole, opening + messages[: place + 1], start or 0)
+        if start is None or end is None or not done <= start <= end:
+            raise _Rewritten(place)
         turns.append((whole[done:start], whole[start:end]))
         done = end
     return turns
 
 
-def _response_start(render: Render, whole: str, until: list[dict[str, Any]]) -> int:
+def _response_start(render: Render, whole: str, until: list[dict[str, Any]]) -> int | None:
     before = render(until)
     if not whole.startswith(before):
-        raise Unusable("rewritten by the chat template")
+        return None
     # Some templates open a thought in the generation prompt that the finished text does not have.
     prompt = render(until, add_generation_prompt=True)
     return max(len(before), _shared(whole, prompt))
 
 
-def _response_end(render: Render, whole: str, until: list[dict[str, Any]], start: int) -> int:
+def _response_end(render: Render, whole: str, until: list[dict[str, Any]], start: int) -> int | None:
     rendered = render(until)
     if whole.startswith(rendered):
         return len(rendered)
-    # Some templates word the last turn otherwise than earlier ones (an empty thought before it):
-    # the end is where the same closing follows the same content.
-    content = until[-1]["content"].strip()
-    closing = rendered[rendered.rfind(content) + len(content) :]
-    at = whole.find(content + closing, start) if content and closing else -1
-    if at < 0:
-        raise Unusable("rewritten by the chat template")
-    return at + len(content) + len(closing)
+    # Some templates word the last turn otherwise than earlier ones (an empty thought before it, the thoughts of
+    # earlier ones cut): the end is where the same closing follows the same content.
+    content = until[-1]["content"]
+    for part in (content.strip(), content.rpartition("</think>")[2].strip()):
+        closing = rendered[rendered.rfind(part) + len(part) :]
+        at = whole.find(part + closing, start) if part and closing and part in rendered else -1
+        if at >= 0:
+            return at + len(part) + len(closing)
+    return None
 
 
 def _as_chat(message: Message, native: bool) -> dict[str, Any]:
@@ -113,6 +128,7 @@ def _as_chat(message: Message, native: bool) -> dict[str, Any]:
         if not native:
             return {"role": ASSISTANT, "content": function_text("default", message.content, with_remarks=True)}
         remarks, text = split_remarks(message.content)
+        remarks = remarks.rstrip("\n")  # what stands between it and the calls is the template's to say
         calls = [
             {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
             for call in parse_calls(text)

@@ -11,12 +11,17 @@ UNSUPERVISED = -100  # cross-entropy leaves these labels out
 
 
 class Encoded(NamedTuple):
-    """A row: `labels` are `input_ids` where supervised, else -100. `lost_end`: its last response was cut."""
+    """A row: `labels` are `input_ids` where supervised, else -100. `lost_end`: its last response was cut.
+
+    `lost` and `left_out` say in a phrase each what the conversation has and the turns, before any cut, have not.
+    """
 
     input_ids: list[int]
     labels: list[int]
     truncated: bool
     lost_end: bool
+    lost: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 def encode_row(

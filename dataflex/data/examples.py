@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dataflex.config import ROW_KEYS, RunConfig, require, values_of
-from dataflex.data.catalog import find_sources, unread_fields
+from dataflex.data.catalog import find_sources
 from dataflex.data.chat_template import check_chat_template, encode_chat_turns
+from dataflex.data.completeness import find_missing
 from dataflex.data.conversations import Conversation
 from dataflex.data.encoding import Encoded, encode_row
 from dataflex.data.preprocess import encode_records
@@ -22,7 +23,7 @@ from dataflex.data.report import Report
 from dataflex.data.row_cache import cached_rows, row_key, tokenizer_fingerprint
 from dataflex.data.rows import Example
 from dataflex.data.template_table import Template
-from dataflex.data.templates import Thinking, encode_turns, find_template, prepare_tokenizer
+from dataflex.data.templates import Thinking, encode_turns, find_template, prepare_tokenizer, warn_of_foreign_system
 from dataflex.errors import UsageError
 from dataflex.progress import SILENT, Progress
 
@@ -78,8 +79,6 @@ def load_split(
     config = dated(config)
     encode = row_encoder(config, tokenizer)
     sources = find_sources(names, config.dataset_dir)
-    for source in sources:
-        _warn_of_unread_fields(source)
     files = data_hash(sources)
     facts = {
         "data files": files,
@@ -115,6 +114,10 @@ def load_split(
     if not rows:
         raise UsageError(_nothing_left(_key_of(config, split), names, report))
     progress.say(report.summary(f"{split} data"))
+    if config.template is not None:
+        warn_of_foreign_system(config.template, tokenizer)
+    for warning in (*report.warnings(f"{split} data"), *_cut_by_max_samples(config, split, sources)):
+        warnings.warn(warning, stacklevel=2)
     return Split(rows, report, rows.fingerprint, files, _shortened(facts))
 
 
@@ -156,13 +159,15 @@ def row_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Callab
             turns = encode_chat_turns(tokenizer, conversation, config.enable_thinking, day)
         else:
             turns = encode_turns(template, tokenizer, conversation, thinking, day)
-        return encode_row(
+        row = encode_row(
             turns,
             config.cutoff_len,
             train_on_prompt=config.train_on_prompt,
             mask_history=config.mask_history,
             efficient_eos=efficient_eos,
         )
+        missing = find_missing(tokenizer, conversation, turns, thinking)
+        return row._replace(lost=missing.lost, left_out=missing.left_out)
 
     return encode
 
@@ -257,15 +262,19 @@ def _layout(source: Source) -> str:
     return repr((source.formatting, source.columns, source.tags, source.num_samples, source.split, source.hub))
 
 
-def _warn_of_unread_fields(source: Source) -> None:
-    for field, column in unread_fields(source).items():
-        warnings.warn(
-            f"dataset {source.name!r}: its records have {field!r}, which is not read: naming columns unsets those "
-            f"left out, and {column} is. Name it if it is meant",
-            stacklevel=3,
-        )
+def _cut_by_max_samples(config: RunConfig, split: str, sources: Sequence[Source]) -> Iterator[str]:
+    """A sentence for each dataset of the validation data that max_samples cuts."""
+    if split != "eval" or config.val_size or config.max_samples is None:
+        return
+    for source in sources:
+        size = source.num_samples or len(_slice_of(source, count_records(source)))
+        if size > config.max_samples:
+            yield (
+                f"eval data: max_samples takes {config.max_samples} of {size} rows of {source.name!r}; "
+                "raise it to use the whole validation set"
+            )
 
 
 def _nothing_left(key: str, names: Sequence[str], report: Report) -> str:
-    reasons = [f"  row {rows[0]}: {reason} ({len(rows)} rows so)" for reason, rows in report.dropped.items()]
+    reasons = [f"  {problem}" for problem in report.problems()]
     return "\n".join([f"{key} {', '.join(names)}: none of {report.seen} rows can be used", *reasons])

@@ -14,6 +14,8 @@ from dataflex.data.conversations import Conversation, Unusable, to_conversation
 from dataflex.data.encoding import UNSUPERVISED, Encoded
 from dataflex.data.records import Source, iter_records
 from dataflex.data.rows import Outcome, as_batch
+from dataflex.errors import UsageError
+from dataflex.json_text import json_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -51,19 +53,53 @@ def available_cores() -> int:
 def encode_record(sources: Sequence[Source], encode: Encode, item: Item) -> Outcome:
     """One record as tokens and labels, or the reason why it cannot be used."""
     row, source, record = item
+    subtask = subtask_of(sources[source], record, row)
     try:
-        encoded = encode(to_conversation(sources[source], record))
+        conversation = to_conversation(sources[source], record)
+        encoded = encode(conversation)
     except Unusable as reason:
-        return Outcome(row, source, reason=str(reason))
+        return Outcome(row, source, reason=_printable(str(reason)))
+    except RecursionError:
+        return Outcome(row, source, reason="malformed record (it is nested too deeply to be worded; flatten it)")
     # The first label has no token before it to be predicted from.
     supervised = sum(label != UNSUPERVISED for label in encoded.labels[1:])
     if not supervised:
         return Outcome(row, source, reason=NOTHING_SUPERVISED)
-    subtask = record.get("subtask")
-    if not isinstance(subtask, str):
-        subtask = sources[source].name if len(sources) > 1 else None
-    ids, labels, truncated, lost_end = encoded
-    return Outcome(row, source, subtask, ids, labels, supervised, truncated, lost_end)
+    if subtask is None and len(sources) > 1:
+        subtask = sources[source].name
+    return Outcome(
+        row,
+        source,
+        subtask,
+        encoded.input_ids,
+        encoded.labels,
+        supervised,
+        encoded.truncated,
+        encoded.lost_end,
+        lost=encoded.lost,
+        left_out=(*conversation.left_out, *encoded.left_out),
+    )
+
+
+def subtask_of(source: Source, record: dict[str, Any], row: int) -> str | None:
+    """A record's `subtask` as text: a number or a date gives the name that it is written as.
+
+    Raises:
+        UsageError: it is a list or an object, which is no name.
+    """
+    value = record.get("subtask")
+    if value is None or isinstance(value, str):
+        return value and _printable(value)
+    if isinstance(value, list | dict):
+        raise UsageError(
+            f"dataset {source.name}, row {row}: subtask is of type {type(value).__name__}; give it a text or a number"
+        )
+    return json_line(value).strip('"')
+
+
+def _printable(text: str) -> str:
+    """`text` with half surrogate pairs, which no file can hold, spelt out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 class _ChunkEncoder:

@@ -45,6 +45,8 @@ def summary(report: Report) -> dict[str, Any]:
         "kept": report.kept,
         "dropped": {reason: len(rows) for reason, rows in report.dropped.items()},
         "first_dropped": {reason: rows[0] for reason, rows in report.dropped.items()},
+        "lost": {what: len(rows) for what, rows in report.lost.items()},
+        "left_out": {what: len(rows) for what, rows in report.left_out.items()},
         "truncated": report.truncated,
         "lost_end": report.lost_end,
         "tokens": sum(report.lengths),

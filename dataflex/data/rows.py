@@ -55,6 +55,10 @@ class Outcome:
     truncated: bool = False
     lost_end: bool = False
     reason: str | None = None
+    lost: Sequence[str] = ()
+    """What the record says and the tokens do not, a phrase each."""
+    left_out: Sequence[str] = ()
+    """What of the record is not read, a phrase each."""
 
 
 class Rows(Sequence[Example]):
@@ -103,6 +107,10 @@ class Rows(Sequence[Example]):
             report.lengths += np.diff(batch.starts)[batch.kept].tolist()
             for place in np.flatnonzero(batch.dropped).tolist():
                 report.dropped.setdefault(batch.reason[place].as_py(), []).append(int(batch.row[place]))
+            for phrases, rows in ((batch.lost, report.lost), (batch.left_out, report.left_out)):
+                for place in np.flatnonzero(np.diff(phrases.offsets.to_numpy())).tolist():
+                    for phrase in phrases[place].as_py():
+                        rows.setdefault(phrase, []).append(int(batch.row[place]))
         return report
 
 
@@ -116,6 +124,7 @@ class _Columns:
         self.truncated = batch["truncated"].to_numpy(zero_copy_only=False)
         self.lost_end = batch["lost_end"].to_numpy(zero_copy_only=False)
         self.subtask, self.reason = batch["subtask"], batch["reason"]
+        self.lost, self.left_out = batch["lost"], batch["left_out"]
         self.starts = batch["input_ids"].offsets.to_numpy()
         self.input_ids = batch["input_ids"].values.to_numpy()
         self.labels = batch["labels"].values.to_numpy()
@@ -194,5 +203,7 @@ def _schema() -> pyarrow.Schema:
             "truncated": pyarrow.bool_(),
             "lost_end": pyarrow.bool_(),
             "reason": pyarrow.string(),
+            "lost": pyarrow.list_(pyarrow.string()),
+            "left_out": pyarrow.list_(pyarrow.string()),
         }
     )

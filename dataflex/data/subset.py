@@ -114,6 +114,6 @@ def _as_record(source: Source, record: dict[str, Any], row: int) -> dict[str, An
         converted = as_messages(to_conversation(source, record))
     except Unusable as reason:
         raise UsageError(f"row {row} of {source.name} cannot be written as messages: {reason}; leave it out") from None
-    if isinstance(record.get("subtask"), str):
+    if record.get("subtask") is not None:
         converted["subtask"] = record["subtask"]
     return converted

@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import re
 import warnings
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dataflex.data.conversations import ASSISTANT, FUNCTION, OBSERVATION, RESPONSE_ROLES, USER, Conversation, Message
+from dataflex.data.chat_formats import REPLACING
+from dataflex.data.conversations import (
+    ASSISTANT,
+    FUNCTION,
+    OBSERVATION,
+    RESPONSE_ROLES,
+    USER,
+    Conversation,
+    Message,
+    Unusable,
+)
 from dataflex.data.template_table import CONTENT, EMPTY_THOUGHT, TEMPLATES, Slot, Template
 from dataflex.data.tools import THOUGHT, function_text, tool_prompt
 from dataflex.errors import UsageError
@@ -52,7 +64,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template | N
     """Give the tokenizer the eos, pad and stop tokens `template` needs, in place; None needs a pad token only.
 
     A token the vocabulary lacks is added, as LLaMA-Factory does, and a warning says so: the model has no
-    embedding for it.
+    embedding for it. The warning names as well the control tokens that the tokenizer splits.
     """
     known = len(tokenizer)
     stop_words = list(template.stop_words) if template else []
@@ -64,11 +76,42 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: Template | N
         tokenizer.pad_token = tokenizer.eos_token
     if stop_words:
         tokenizer.add_tokens(stop_words, special_tokens=True)
+    problems = []
     if len(tokenizer) > known:
         added = tokenizer.convert_ids_to_tokens(list(range(known, len(tokenizer))))
-        warnings.warn(
+        problems.append(
             f"the tokenizer lacks {', '.join(added)}, which the template uses; added as ids from {known} on. "
-            f"A model with {known} embeddings cannot run on them: choose the template made for the model",
+            f"A model with {known} embeddings cannot run on them"
+        )
+    if template and tokenizer not in _told_of_split and (split := _split_tokens(template, tokenizer)):
+        _told_of_split.add(tokenizer)
+        problems.append(f"the tokenizer splits {', '.join(split)}, control tokens of the template, into pieces")
+    if problems:
+        warnings.warn(f"{'; '.join(problems)}: choose the template made for the model", stacklevel=2)
+
+
+_told_of_split: weakref.WeakSet[PreTrainedTokenizerBase] = weakref.WeakSet()  # so as to say it once
+
+# What models mark turns with, in a template's words.
+_CONTROL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜]+｜>|<(?:start|end)_of_turn>|\[gMASK\]|<sop>")
+
+
+def _split_tokens(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The control tokens of `template` that are several tokens to this tokenizer."""
+    slots = (template.prefix, template.system, template.user, template.assistant, template.observation or ())
+    texts = [part for slot in (*slots, template.function or ()) for part in slot if isinstance(part, str)]
+    tokens = dict.fromkeys(token for text in texts for token in _CONTROL_TOKEN.findall(text))
+    return [token for token in tokens if len(tokenizer.encode(token, add_special_tokens=False)) > 1]
+
+
+def warn_of_foreign_system(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn where rows without a system text get one that is of another family of models than the tokenizer's."""
+    system = TEMPLATES[name].default_system.strip(" .\n")
+    own = tokenizer.chat_template
+    if system and own and name not in REPLACING and system not in str(own):
+        warnings.warn(
+            f"template {name!r} opens rows that have no system text with {system!r}, which this model's own chat "
+            "template does not say; choose the template made for the model, or give rows a system text",
             stacklevel=2,
         )
 
@@ -99,7 +142,10 @@ def encode_turns(
                 opening, content = template.prefix, "".join(system[:1]) + content
             else:
                 opening = template.prefix + system
-        encoded.append(_encode(tokenizer, opening + _worded(template, message.role, content)))
+        try:
+            encoded.append(_encode(tokenizer, opening + _worded(template, message.role, content)))
+        except Unusable as reason:
+            raise message.unusable(reason) from None
     if template.thinks:
         _add_empty_thoughts(tokenizer, messages, encoded, thinking)
     return list(zip(encoded[::2], encoded[1::2], strict=True))

@@ -11,6 +11,8 @@ from typing import Any
 
 from dataflex.data.conversations import Unusable
 
+NO_REMARKS = "the template cannot say the text beside a function call; take the text out, or choose another template"
+
 _DEFAULT_PROMPT = (
     "You have access to the following tools:\n{tools}"
     "Use the following format if using a tool:\n"
@@ -63,17 +65,21 @@ def tool_prompt(tool_format: str, tools: str, day: datetime.date) -> str:
     functions = parse_tools(tools)
     try:
         return TOOL_FORMATS[tool_format].prompt(functions, day) if functions else ""
-    except (KeyError, TypeError, AttributeError) as error:
-        raise Unusable(f"malformed tools ({type(error).__name__} {error})") from None
+    except KeyError as error:
+        raise Unusable(f"malformed tools (a function has no {error.args[0]}); give each a name") from None
+    except (TypeError, AttributeError):
+        raise Unusable("malformed tools (parameters are not a JSON schema); write them as one") from None
 
 
 def function_text(tool_format: str, content: str, with_remarks: bool) -> str:
     """A function turn as its model writes it. `with_remarks`: keep a thought or text around a tagged call.
 
     Raises:
-        Unusable: `content` is not JSON with `name` and `arguments`.
+        Unusable: `content` is not JSON with `name` and `arguments`, or has a text that is not to be kept.
     """
-    before, calls = split_remarks(content) if with_remarks else ("", content)
+    before, calls = split_remarks(content)
+    if before and not with_remarks:
+        raise Unusable(NO_REMARKS)
     return before + TOOL_FORMATS[tool_format].calls(parse_calls(calls))
 
 
@@ -81,7 +87,7 @@ def parse_tools(tools: str) -> list[dict[str, Any]]:
     """The functions on offer, from JSON text."""
     functions = _json(tools, "tools")
     if not isinstance(functions, list) or not all(isinstance(function, dict) for function in functions):
-        raise Unusable("malformed tools (not a list of functions)")
+        raise Unusable("malformed tools (not a list of functions); write them as one")
     return functions
 
 
@@ -99,7 +105,7 @@ def parse_calls(text: str) -> list[Call]:
     calls = _json(text, "function call")
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) and "arguments" in call for call in calls):
-        raise Unusable("malformed function call (no name or no arguments)")
+        raise Unusable("malformed function call (no name or no arguments); give it both")
     return [Call(call["name"], call["arguments"]) for call in calls]
 
 
@@ -107,7 +113,7 @@ def _json(text: str, what: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise Unusable(f"malformed {what} (not JSON)") from None
+        raise Unusable(f"malformed {what} (not JSON); write it as JSON") from None
 
 
 def _dumps(value: Any, **options: Any) -> str:
@@ -129,9 +135,10 @@ def _default_prompt(tools: list[dict[str, Any]], day: datetime.date) -> str:
 
 
 def _described(function: dict[str, Any]) -> str:
-    required = function["parameters"].get("required", [])
+    parameters = function.get("parameters") or {}  # none, for a function without arguments
+    required = parameters.get("required") or []
     arguments = ""
-    for name, schema in function["parameters"]["properties"].items():
+    for name, schema in (parameters.get("properties") or {}).items():
         marks = ", required" if name in required else ""
         choices = ", should be one of [{}]".format(", ".join(schema["enum"])) if schema.get("enum") else ""
         items = f", where each item should be {schema['items'].get('type', '')}" if schema.get("items") else ""
@@ -155,7 +162,7 @@ def _glm4_prompt(tools: list[dict[str, Any]], day: datetime.date) -> str:
 
 def _glm4_calls(calls: list[Call]) -> str:
     if len(calls) != 1:
-        raise Unusable("glm4 words one function call a turn")
+        raise Unusable("glm4 words one function call a turn; set another template")
     return f"{calls[0].name}\n{_dumps(calls[0].arguments)}"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dataflex.data.catalog import find_sources, unread_fields
+from dataflex.data.catalog import find_sources
 from dataflex.data.hub import HubDataset
 from dataflex.data.records import Columns, Tags
 from dataflex.errors import UsageError
@@ -23,7 +23,7 @@ def test_demo_entries(data_dir: Path) -> None:
 def test_given_columns_and_tags_unset_what_they_do_not_list(tmp_path: Path, write_dataset) -> None:
     write_dataset("a", ALPACA, columns={"prompt": "instruction", "response": "output"})
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    write_dataset("b", [], formatting="sharegpt", columns={"messages": "messages"}, tags=tags)
+    write_dataset("b", [{"messages": []}], formatting="sharegpt", columns={"messages": "messages"}, tags=tags)
     a, b = find_sources(["a", "b"], tmp_path)
     assert a.columns == Columns("instruction", None, "output", None, None, None, None)
     assert b.tags == Tags("role", "content", "user", "assistant", None, None, None)
@@ -132,16 +132,35 @@ def test_the_hub_goes_before_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "unread"),
+    ("records", "columns", "message"),
     [
-        (None, {}),
-        ({"prompt": "instruction", "query": "input", "response": "output"}, {}),
-        ({"prompt": "instruction", "response": "output"}, {"input": "query"}),
-        ({"response": "output"}, {"instruction": "prompt", "input": "query"}),
+        (
+            [{"Q": "a", "answer": "b"}] * 2,
+            {"prompt": "q", "response": "answer"},
+            "'q' is in no record; did you mean 'Q'",
+        ),
+        ([{"answer": "b"}, {"more": 1}], {"prompt": "q", "response": "answer"}, "fields there are: 'answer', 'more'"),
+        ([{"answer": "b"}, {"q": "a"}], {"prompt": "q", "response": "answer"}, None),
+        ([{"q": None, "answer": "b"}], {"prompt": "q", "response": "answer"}, None),
+        ([{"answer": "b"}], None, None),
     ],
 )
-def test_fields_that_naming_columns_leaves_unread(
-    tmp_path: Path, write_dataset, columns: dict | None, unread: dict
+def test_a_named_column_is_in_some_record(
+    tmp_path: Path, write_dataset, records: list[dict], columns: dict | None, message: str | None
 ) -> None:
-    write_dataset("a", [{"instruction": "a", "input": "", "output": "b"}], **({"columns": columns} if columns else {}))
-    assert unread_fields(find_sources(["a"], tmp_path)[0]) == unread
+    write_dataset("a", records, **({"columns": columns} if columns else {}))
+    if message is None:
+        find_sources(["a"], tmp_path)
+        return
+    with pytest.raises(UsageError, match=f"dataset_info.json, dataset 'a': column .*{message}"):
+        find_sources(["a"], tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", " \n", "[]", "\ufeff"])
+def test_a_dataset_without_a_record_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.jsonl").write_text(text)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"a": {"file_name": "a.jsonl"}}))
+    with pytest.raises(UsageError, match=r"dataset_info\.json, dataset 'a': .*a\.jsonl is empty; fill it"):
+        find_sources(["a"], tmp_path)
+    with pytest.raises(UsageError, match=r"a\.jsonl: it is empty"):
+        find_sources([str(tmp_path / "a.jsonl")], tmp_path)

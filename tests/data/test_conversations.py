@@ -47,9 +47,20 @@ def test_columns_left_out_are_not_read() -> None:
     assert conversation.system == ""
 
 
-@pytest.mark.parametrize("output", [None, 3, ["x"], {"a": 1}])
-def test_an_output_that_is_no_text_is_no_response(output: object) -> None:
-    with pytest.raises(Unusable, match=r"^no response$"):
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (None, r"^no response$"),
+        (3, "output is int, not a text; write it as one"),
+        (1.5, "output is float, not a text"),
+        (True, "output is bool, not a text"),
+        (["x"], "output is list, not a text"),
+        ({"a": 1}, "output is dict, not a text"),
+        (b"x", "output is bytes, not a text"),
+    ],
+)
+def test_an_output_that_is_no_text_is_named_by_its_type(output: object, reason: str) -> None:
+    with pytest.raises(Unusable, match=reason):
         to_conversation(ALPACA, {"instruction": "a", "output": output})
 
 
@@ -120,7 +131,7 @@ def test_weird_records_give_a_reason_never_another_error(source: Source) -> None
         try:
             conversation = to_conversation(source, record)
         except Unusable as reason:
-            assert 0 < len(str(reason)) < 120
+            assert 0 < len(str(reason)) < 160
         else:
             assert len(conversation.messages) % 2 == 0
             assert all(isinstance(message.content, str) for message in conversation.messages)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from dataflex.errors import UsageError
 
 def row(instruction: str = "a", output: object = "b", **more: object) -> dict[str, object]:
     return {"instruction": instruction, "input": "", "output": output, **more}
+
+
+NOT_A_TEXT = "malformed record (output is int, not a text; write it as one)"
 
 
 def config(folder: Path, **values: object) -> RunConfig:
@@ -28,15 +32,37 @@ def test_row_numbers_count_through_the_data_before_any_row_is_dropped(tmp_path: 
         (6, "second", "second"),
         (7, "second", "second"),
     ]
-    assert (split.report.seen, split.report.kept, split.report.dropped) == (6, 4, {"no response": [1, 5]})
+    assert (split.report.seen, split.report.kept, split.report.dropped) == (6, 4, {"no response": [1], NOT_A_TEXT: [5]})
 
 
 def test_subtask_is_the_records_own(tmp_path: Path, write_dataset, tokenizer) -> None:
-    write_dataset("one", [row(subtask="x"), row(), row(subtask=3)])
+    write_dataset("one", [row(subtask="x"), row(), row(subtask=None)])
     assert [e.subtask for e in load_split(config(tmp_path, dataset="one"), tokenizer).examples] == ["x", None, None]
     write_dataset("two", [row(subtask="y")])
     split = load_split(config(tmp_path, eval_dataset=["one", "two"]), tokenizer, "eval")
     assert [e.subtask for e in split.examples] == ["x", "one", "one", "y"]
+
+
+def test_a_subtask_may_be_any_scalar_and_nothing_else(tmp_path: Path, write_dataset, tokenizer) -> None:
+    scalars = ["x", 3, 1.5, True, "", "two words"]
+    write_dataset("one", [row(subtask=scalar) for scalar in scalars])
+    examples = load_split(config(tmp_path, dataset="one"), tokenizer).examples
+    assert [example.subtask for example in examples] == ["x", "3", "1.5", "true", "", "two words"]
+    for bad, kind in (([1], "list"), ({"a": 1}, "dict")):
+        write_dataset("two", [row(), row(subtask=bad)])
+        with pytest.raises(UsageError, match=f"dataset two, row 1: subtask is of type {kind}; give it a text"):
+            load_split(config(tmp_path, dataset="two"), tokenizer)
+
+
+def test_max_samples_that_cuts_the_validation_set_is_said(tmp_path: Path, write_dataset, tokenizer) -> None:
+    write_dataset("v", [row(str(number)) for number in range(10)])
+    for _ in range(2):  # also where the rows come from the cache
+        with pytest.warns(UserWarning, match="eval data: max_samples takes 6 of 10 rows of 'v'; raise it"):
+            load_split(config(tmp_path, eval_dataset="v", max_samples=6), tokenizer, "eval")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_split(config(tmp_path, eval_dataset="v", max_samples=10), tokenizer, "eval")
+        load_split(config(tmp_path, dataset="v", max_samples=6), tokenizer)
 
 
 def test_num_samples_are_drawn_by_the_seed_and_keep_their_row_numbers(tmp_path: Path, write_dataset, tokenizer) -> None:
@@ -80,7 +106,7 @@ def test_no_row_left_lists_the_reasons(tmp_path: Path, write_dataset, tokenizer)
     assert str(error.value).splitlines() == [
         "dataset bad: none of 3 rows can be used",
         "  row 0: no response (2 rows so)",
-        "  row 1: malformed record (instruction is list, not a text) (1 rows so)",
+        "  row 1: malformed record (instruction is list, not a text; write it as one) (1 rows so)",
     ]
 
 
@@ -88,9 +114,10 @@ def test_a_column_that_naming_others_unset_is_said(tmp_path: Path, write_dataset
     write_dataset("bad", [row()], columns={"prompt": "instruction", "query": "input"})
     with pytest.raises(UsageError, match=r"row 0: no response \(columns leave out response: naming some unsets"):
         load_split(config(tmp_path, dataset="bad"), tokenizer)
-    write_dataset("half", [row()], columns={"prompt": "instruction", "response": "output"})
+    records = [{**row(), "input": text} for text in ("", "It is read.", "So it is.")]
+    write_dataset("half", records, columns={"prompt": "instruction", "response": "output"})
     for _ in range(2):  # also where the rows come from the cache
-        with pytest.warns(UserWarning, match=r"have 'input', which is not read: .*and query is"):
+        with pytest.warns(UserWarning, match=r"not read: column 'input', in 2 of 3 rows .first: row 1.; .* unsets"):
             load_split(config(tmp_path, dataset="half"), tokenizer)
 
 
@@ -101,7 +128,9 @@ def test_a_tag_that_naming_others_unset_is_said(tmp_path: Path, write_dataset, t
     write_dataset("t", records, formatting="sharegpt", tags=tags)
     report = load_split(config(tmp_path, dataset="t"), tokenizer).report
     assert report.dropped == {
-        "roles do not alternate ('function_call' has no tag: naming some unsets the others)": [0],
+        "turn 2 (function_call): roles do not alternate ('function_call' has no tag: naming some unsets the others)": [
+            0
+        ],
     }
 
 
@@ -147,7 +176,7 @@ def test_malformed_tools_drop_their_row(tmp_path: Path, write_dataset, tokenizer
     records = [{"conversations": turns, "tools": tools} for tools in ("[]", "not json", "")]
     write_dataset("t", records, formatting="sharegpt", columns={"messages": "conversations", "tools": "tools"})
     report = load_split(config(tmp_path, dataset="t"), tokenizer).report
-    assert report.dropped == {"malformed tools (not JSON)": [1]}
+    assert report.dropped == {"malformed tools (not JSON); write it as JSON": [1]}
 
 
 def test_what_the_config_lacks_or_forbids(tmp_path: Path, write_dataset, tokenizer) -> None:

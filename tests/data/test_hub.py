@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dataflex.data.catalog import find_sources
 from dataflex.data.hub import HubDataset
 from dataflex.data.records import Source, count_records, data_hash, read_records
 from dataflex.errors import UsageError
@@ -40,3 +41,17 @@ def test_what_a_repository_lacks(repository: Path, subset: str | None, split: st
 def test_a_hub_that_cannot_be_reached() -> None:
     with pytest.raises(UsageError, match=r"nobody/nothing.*check the name and the network, or download"):
         read_records(Source("h", None, hub=HubDataset("nobody/nothing")))
+
+
+def test_a_named_column_and_null_fillings_are_as_in_a_file(repository: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "reasoning_content": "c"}]
+    for split in ("train", "test"):
+        (repository / "inner" / f"{split}.jsonl").write_text(json.dumps({"chat": turns}) + "\n")
+    columns = {"messages": "chat", "tools": "tools"}
+    entry = {"hf_hub_url": str(repository), "folder": "inner", "split": "test", "formatting": "openai"}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"h": {**entry, "columns": columns}}))
+    (source,) = find_sources(["h"], tmp_path)
+    with pytest.raises(UsageError, match=r"dataset_info\.json, dataset 'h': column 'tools' is in no record.*: 'chat'"):
+        count_records(source)
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"h": {**entry, "columns": {"messages": "chat"}}}))
+    assert read_records(*find_sources(["h"], tmp_path)) == [{"chat": turns}]

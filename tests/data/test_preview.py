@@ -18,12 +18,14 @@ def test_spans_are_cut_where_supervision_changes(tokenizer) -> None:
 
 
 def test_summary() -> None:
-    report = Report(5, 3, 1, 1, 12, [10, 20, 30], {"no response": [4, 6]})
+    report = Report(5, 3, 1, 1, 12, [10, 20, 30], {"no response": [4, 6]}, {"thoughts": [1, 2]}, {"field 'x'": [0]})
     assert summary(report) == {
         "rows": 5,
         "kept": 3,
         "dropped": {"no response": 2},
         "first_dropped": {"no response": 4},
+        "lost": {"thoughts": 2},
+        "left_out": {"field 'x'": 1},
         "truncated": 1,
         "lost_end": 1,
         "tokens": 60,

@@ -61,7 +61,11 @@ def test_a_cached_result_is_the_same_and_encodes_nothing(
     assert contents(first) == contents(again)
     assert (first.report.truncated, first.report.dropped) == (
         1,
-        {"no response": [1, 2], "malformed record (instruction is list, not a text)": [3]},
+        {
+            "no response": [1],
+            "malformed record (output is int, not a text; write it as one)": [2],
+            "malformed record (instruction is list, not a text; write it as one)": [3],
+        },
     )
     assert [path.suffix for path in sorted(row_cache.iterdir())] == [".arrow", ".lock"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dataset_info.json", "rows.json"]
@@ -111,7 +115,7 @@ def test_the_data_and_its_layout_decide_the_key(tmp_path: Path, data, tokenizer,
     load_split(config(tmp_path), tokenizer)
     write_dataset("rows", [*ROWS, ROWS[0]])
     assert load_split(config(tmp_path), tokenizer).report.seen == 6
-    write_dataset("rows", ROWS, columns={"prompt": "instruction", "query": "input", "response": "subtask"})
+    write_dataset("rows", ROWS, columns={"prompt": "instruction", "response": "subtask"})
     assert load_split(config(tmp_path), tokenizer).report.dropped["no response"] == [0, 1, 2]
     assert len(counted) == 3
 
@@ -157,9 +161,12 @@ def test_a_tokenizer_that_cannot_be_written_down_is_not_cached(
     class Plain:
         def __init__(self) -> None:
             self.__dict__.update(
-                {name: getattr(tokenizer, name) for name in ("eos_token", "eos_token_id", "pad_token_id")}
+                {
+                    name: getattr(tokenizer, name)
+                    for name in ("eos_token", "eos_token_id", "pad_token_id", "chat_template")
+                }
             )
-            self.encode, self.add_tokens = tokenizer.encode, tokenizer.add_tokens
+            self.encode, self.decode, self.add_tokens = tokenizer.encode, tokenizer.decode, tokenizer.add_tokens
 
         def __len__(self) -> int:
             return len(tokenizer)

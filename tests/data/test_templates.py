@@ -7,7 +7,7 @@ import pytest
 
 from dataflex.data.conversations import Conversation, Message
 from dataflex.data.template_table import EMPTY_THOUGHT, TEMPLATES
-from dataflex.data.templates import Thinking, encode_turns, find_template, prepare_tokenizer
+from dataflex.data.templates import Thinking, encode_turns, find_template, prepare_tokenizer, warn_of_foreign_system
 from dataflex.errors import UsageError
 
 DAY = datetime.date(2026, 1, 2)
@@ -110,3 +110,42 @@ def test_every_template_asked_for_is_there() -> None:
     names = "llama3 llama2 qwen qwen3 chatml smollm2 mistral gemma gemma3 phi4 deepseek3 glm4"
     assert {*names.split(), "yi", "vicuna", "alpaca", "default", "empty"} <= set(TEMPLATES)
     assert {name for name, template in TEMPLATES.items() if template.efficient_eos} == {"falcon", "gemma2", "glm4"}
+
+
+# Templates that SmolLM2's tokenizer has no tokens for: what is lacking and what is split.
+MISFITS = {
+    "smollm2": (),
+    "chatml": (),
+    "zephyr": ("splits <|system|>, <|user|>, <|assistant|>",),
+    "llama3": ("lacks <|eot_id|>, <|eom_id|>", "splits <|start_header_id|>, <|end_header_id|>"),
+    "gemma3": ("lacks <end_of_turn>", "splits <start_of_turn>"),
+    "phi4": ("splits <|im_sep|>",),
+    "deepseek3": ("splits <｜User｜>, <｜Assistant｜>",),
+    "glm4": ("lacks <|user|>, <|observation|>", "splits [gMASK], <sop>, <|system|>, <|assistant|>"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_template_of_another_family_is_told_once(tokenizer, name: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            prepare_tokenizer(tokenizer, TEMPLATES[name])
+    assert len(caught) == bool(MISFITS[name])
+    for expected in MISFITS[name]:
+        assert expected in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("name", "foreign"),
+    [("smollm2", False), ("chatml", False), ("alpaca", False), ("vicuna", False), ("qwen", True), ("zephyr", True)],
+)
+def test_another_familys_system_text_is_told(tokenizer, name: str, foreign: bool) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_foreign_system(name, tokenizer)
+    assert [f"template {name!r} opens rows" in str(warning.message) for warning in caught] == [True] * foreign
+    tokenizer.chat_template = None  # then nothing says which family it is
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_foreign_system(name, tokenizer)

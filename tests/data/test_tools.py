@@ -43,10 +43,22 @@ def test_glm4_words_one_call(calls: str) -> None:
         function_text("glm4", calls, with_remarks=True)
 
 
-@pytest.mark.parametrize("tools", ["not json", '{"name": "x"}', "[1]", "3", '[{"name": "x"}]', '[{"parameters": 1}]'])
+@pytest.mark.parametrize("tools", ["not json", '{"name": "x"}', "[1]", "3", '[{"parameters": 1}]'])
 def test_malformed_tools_are_a_reason(tools: str) -> None:
     with pytest.raises(Unusable, match="malformed tools"):
         tool_prompt("default", tools, DAY)
+
+
+@pytest.mark.parametrize("tool", [{"name": "ring"}, {"name": "ring", "parameters": None}])
+def test_a_function_may_have_no_parameters(tool: dict) -> None:
+    assert "> Tool Name: ring\nTool Description: \nTool Args:\n\n" in tool_prompt("default", json.dumps([tool]), DAY)
+
+
+def test_a_text_beside_a_call_stays_or_is_a_reason() -> None:
+    beside = f"I will look.\n<tool_call>\n{CALL}\n</tool_call>"
+    assert function_text("qwen", beside, with_remarks=True) == "I will look.\n" + function_text("qwen", CALL, True)
+    with pytest.raises(Unusable, match="cannot say the text beside a function call; take the text out"):
+        function_text("qwen", beside, with_remarks=False)
 
 
 @pytest.mark.parametrize("call", ["", "text", "1", "[1]", '{"name": "x"}', '{"name": 1, "arguments": {}}'])

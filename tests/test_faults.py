@@ -30,6 +30,7 @@ from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients import collect, passes
 from dataflex.model import load_tokenizer
 from dataflex.progress import Interrupted, Silent
+from dataflex.store.layout import header_checksum
 
 
 @pytest.fixture(scope="module")
@@ -357,6 +358,33 @@ def test_a_store_that_rotted_is_refused_everywhere(settings, checkpoint, whole, 
         grads(load_config(options={**settings, "checkpoint": checkpoint, "output": str(path)}))
 
 
+def as_split(store: Path, path: Path, split: str) -> Path:
+    """A copy of a store that says its rows are of `split`."""
+    shutil.copy(store, path)
+    with h5py.File(path, "r+") as file:
+        manifest = json.dumps({**json.loads(file.attrs["manifest"]), "split": split})
+        subtask = file["subtask"].asstr()[:].tolist() if "subtask" in file else None
+        file.attrs["manifest"] = manifest
+        file.attrs["checksum"] = header_checksum(manifest, file["row"][:], file["tokens"][:], subtask)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8", "int1"])
+def test_a_row_that_became_zeros_is_damage_and_not_a_score_of_zero(settings, checkpoint, tmp_path, dtype):
+    options = {**settings, "checkpoint": checkpoint, "store_dtype": dtype, "max_samples": 6}
+    path = grads(load_config(options={**options, "output": str(tmp_path / "g.h5")}))
+    target = grads(load_config(options={**options, "output": str(tmp_path / "e.h5"), "split": "eval"}))
+    with h5py.File(path, "r+") as file:
+        file["gradients"][3] = 0
+    more = {"train_stores": str(path), "eval_stores": str(target), "output": str(tmp_path / "s.jsonl")}
+    with pytest.raises(UsageError, match=r"g\.h5: damaged, the gradient of row 3 is not the one that was written"):
+        score(load_config(options=more))
+    with open_store(path) as store:
+        assert store.damaged_rows() == [3]
+        with pytest.raises(UsageError, match="damaged"):
+            store[2:4]
+
+
 def test_a_damaged_vector_is_not_scored(whole, tmp_path):
     path = shutil.copy(whole, tmp_path / "g.h5")
     with h5py.File(path, "r+") as file:
@@ -364,7 +392,11 @@ def test_a_damaged_vector_is_not_scored(whole, tmp_path):
     with pytest.raises(UsageError, match=r"g\.h5: damaged"):
         score(
             load_config(
-                options={"train_stores": str(path), "eval_stores": str(whole), "output": str(tmp_path / "s.jsonl")}
+                options={
+                    "train_stores": str(path),
+                    "eval_stores": str(as_split(whole, tmp_path / "e.h5", "eval")),
+                    "output": str(tmp_path / "s.jsonl"),
+                }
             )
         )
 
@@ -440,7 +472,7 @@ def test_bad_rows_are_marked_reported_and_never_scored(settings, checkpoint, tmp
     assert scored == set(range(64)) - bad_rows
 
     # as validation rows they have no part in the mean
-    score(load_config(options={**more, "eval_stores": str(path)}))
+    score(load_config(options={**more, "eval_stores": str(as_split(path, tmp_path / "v.h5", "eval"))}))
     values = [json.loads(line)["score"] for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     with open_store(path) as store:
         good = store[:][~store.bad]

@@ -8,6 +8,8 @@ apart, as they are when the model answers.
 from __future__ import annotations
 
 import datetime
+import json
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,8 @@ from dataflex.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_CLOCK = re.compile(r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(?P<quote>['"])(?P<form>.*?)(?P=quote)\s*\)""")
 
 Render = Callable[..., str]  # (messages, add_generation_prompt=False) -> text
 
@@ -46,15 +50,18 @@ def encode_chat_turns(
     # A template that knows no tool calls would leave them out unseen: word them as text instead.
     native = "tool_calls" in str(tokenizer.chat_template)
     tools = parse_tools(conversation.tools) if conversation.tools and native else None
-    # a variable of the template's own goes before transformers' function, which tells today's date
-    options: dict[str, Any] = {"strftime_now": day.strftime}
-    if enable_thinking is False:
-        options["enable_thinking"] = False
+    options: dict[str, Any] = {"enable_thinking": False} if enable_thinking is False else {}
+    template = dated_template(tokenizer.get_chat_template(tools=tools or None), day)
 
     def render(messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         try:
             return tokenizer.apply_chat_template(
-                messages, tools=tools or None, add_generation_prompt=add_generation_prompt, tokenize=False, **options
+                messages,
+                tools=tools or None,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **options,
             )
         except Exception as error:  # a template is a program of its own and may raise anything
             reason = " ".join(str(error).split())[:80]
@@ -75,6 +82,23 @@ def encode_chat_turns(
         reason = "rewritten by the chat template once more turns follow; set `template`, or take the later turns out"
         raise conversation.messages[error.place].unusable(reason) from None
     return [(encode(prompt), encode(response)) for prompt, response in texts]
+
+
+def dated_template(template: str, day: datetime.date) -> str:
+    """A chat template with `day` written in wherever it asks for the present date.
+
+    transformers hands templates a clock, `strftime_now`, and lets no caller set it.
+
+    Raises:
+        UsageError: where the form of the date is no plain text in the template.
+    """
+    dated = _CLOCK.sub(lambda asked: json.dumps(day.strftime(asked["form"])), template)
+    if re.search(r"strftime_now\s*\(", dated):
+        raise UsageError(
+            "this model's chat template tells the present date in a form that is worked out as it runs, so a run could "
+            "not keep its day; set `template`"
+        )
+    return dated
 
 
 class _Rewritten(Exception):

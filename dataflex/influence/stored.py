@@ -99,6 +99,8 @@ def open_pairs(
         )
     pairs = [(open_store(first), open_store(second)) for first, second in zip(train, validation, strict=True)]
     for ours, theirs in pairs:
+        ours.require_sound()
+        theirs.require_sound()
         _check_role(ours, "train", "--train")
         _check_role(theirs, "eval", "--eval")
         differing = ours.manifest.space_differences(theirs.manifest)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 import dataflex
+from dataflex import environment
 from dataflex.commands.console import Console
 from dataflex.commands.signals import stoppable
 from dataflex.config import RunConfig, help_of
@@ -99,12 +100,12 @@ def session(
     prints: `nproc`, or as many as the environment and the configuration ask for.
     """
     from dataflex.config_file import load_config
-    from dataflex.launch import end_with_launcher, slurm_variables
+    from dataflex.launch import end_with_launcher
 
     end_with_launcher()
     if not alone:
-        os.environ.update(slurm_variables(nproc, os.environ))
-    first = os.environ.get("RANK", "0") == "0"
+        os.environ.update(environment.slurm_variables(nproc, os.environ))
+    first = environment.rank() == 0
     console = Console(as_json=as_json, quiet=quiet, first=first)
     debug = os.environ.get("DATAFLEX_DEBUG") == "1"
     try:
@@ -142,7 +143,7 @@ def session(
         sys.stderr.close()
         raise typer.Exit(1) from None
     except Exception as error:
-        if console.stop_code and os.environ.get("RANK"):  # what fails now fails because the other processes have ended
+        if console.stop_code and environment.launched():  # what fails now fails because the other processes have ended
             raise typer.Exit(console.stop_code) from None
         if debug:
             raise
@@ -158,7 +159,7 @@ def _start_processes(config: RunConfig, nproc: int | None, console: Console) -> 
     options = launch_arguments(config, nproc, os.environ)
     if options is not None:
         raise typer.Exit(launch(options, sys.argv[1:]))
-    if nproc is None and "RANK" not in os.environ and visible_gpus() > 1:
+    if nproc is None and not environment.launched() and visible_gpus() > 1:
         console.warning(f"{visible_gpus()} GPUs are there and one is used; --nproc {visible_gpus()} takes all of them")
 
 

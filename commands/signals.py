@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from dataflex import environment
 from dataflex.commands.console import Console
 from dataflex.progress import Interrupted
 
@@ -27,7 +28,7 @@ def stoppable(console: Console) -> Iterator[None]:
         yield
         return
     owner = os.getpid()
-    launched = "RANK" in os.environ
+    launched = environment.launched()
 
     def handle(number: int, frame: Any) -> None:
         if os.getpid() != owner:  # a forked helper has no commit to wait for

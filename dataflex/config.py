@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from dataflex.environment import world_size
 from dataflex.errors import UsageError
 from dataflex.keys import TRAINS, USERS, Decides, Key, mark_of, select_keys
 from dataflex.named import listing
@@ -398,7 +399,7 @@ class RunConfig(BaseModel):
     @property
     def world_size(self) -> int:
         """Processes of this run, as torch's launcher announces them."""
-        return int(os.environ.get("WORLD_SIZE", 1))
+        return world_size()
 
     @property
     def rows_per_step(self) -> int:

@@ -6,12 +6,13 @@ One model for the dry run, for `bench` and for the choice of a batch's size, so 
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dataflex.environment import local_world_size
 
 # A budget above this gains no speed: two CPU cores are busy with far fewer tokens, a GPU with these.
 MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
@@ -99,7 +100,7 @@ def free_memory(place: torch.device) -> int:
     with contextlib.suppress(OSError, ValueError):  # no such group, or "max": no limit
         used = int((group / "memory.current").read_text())
         free = min(free, int((group / "memory.max").read_text()) - used)
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return free // local_world_size()
 
 
 def token_budget_for(shape: Shape | None, free: int, device_type: str) -> int:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-import re
 import signal
 import sys
-import zlib
 from collections.abc import Mapping, Sequence
 
 from dataflex.config import RunConfig
-from dataflex.errors import DataflexError, UsageError
+from dataflex.environment import launched, number, torchrun_forced
+from dataflex.errors import DataflexError
 
 LAUNCHED = "DATAFLEX_LAUNCHED"
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -31,12 +30,12 @@ def launch_arguments(config: RunConfig, nproc: int | None, environment: Mapping[
     Raises:
         UsageError: naming a variable that holds no number.
     """
-    if "RANK" in environment:
+    if launched(environment):
         return None
-    nodes = _number(environment, "NNODES", 1)
-    if not (_forced(environment) or config.deepspeed or (nproc or 1) > 1):
+    nodes = number(environment, "NNODES", 1)
+    if not (torchrun_forced(environment) or config.deepspeed or (nproc or 1) > 1):
         return None
-    here = nproc or _number(environment, "NPROC_PER_NODE", 0) or max(1, visible_gpus())
+    here = nproc or number(environment, "NPROC_PER_NODE", 0) or max(1, visible_gpus())
     options = ["--nproc-per-node", str(here), "--max-restarts", "0"]
     if nodes == 1 and "MASTER_PORT" not in environment:
         return [*options, "--standalone"]
@@ -45,47 +44,12 @@ def launch_arguments(config: RunConfig, nproc: int | None, environment: Mapping[
         "--nnodes",
         str(nodes),
         "--node-rank",
-        str(_number(environment, "NODE_RANK", 0)),
+        str(number(environment, "NODE_RANK", 0)),
         "--master-addr",
         environment.get("MASTER_ADDR", "127.0.0.1"),
         "--master-port",
-        str(_number(environment, "MASTER_PORT", 29500)),
+        str(number(environment, "MASTER_PORT", 29500)),
     ]
-
-
-def slurm_variables(nproc: int | None, environment: Mapping[str, str]) -> dict[str, str]:
-    """torch's variables for a task of an `srun` that starts a task a process; empty where this is none.
-
-    Only a job step of several tasks counts: a batch script and an interactive shell have SLURM's variables too. Where
-    a launcher is asked for (FORCE_TORCHRUN, NNODES, NPROC_PER_NODE, or `nproc`), the tasks are nodes, each with a
-    launcher of its own; `--nproc 1` makes each task a run of its own, on a GPU of its own.
-    """
-    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
-    if tasks == "1" or "RANK" in environment or "SLURM_PROCID" not in environment:
-        return {}
-    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    if nproc == 1 and "," in visible:
-        gpus = visible.split(",")
-        return {"CUDA_VISIBLE_DEVICES": gpus[_number(environment, "SLURM_LOCALID", 0) % len(gpus)]}
-    if _forced(environment) or nproc is not None or {"NNODES", "NPROC_PER_NODE"} & environment.keys():
-        return {}
-    bound = visible != "" and "," not in visible  # the task sees the GPU it is bound to, and no other
-    job = f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}"
-    found = {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": tasks,
-        "LOCAL_RANK": "0" if bound else environment.get("SLURM_LOCALID", "0"),
-        "MASTER_ADDR": first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")),
-        # the same in every task, and seldom that of another job on the machine
-        "MASTER_PORT": str(20000 + zlib.crc32(job.encode()) % 10000),
-    }
-    return {name: environment.get(name, value) for name, value in found.items()}
-
-
-def first_host(hosts: str) -> str:
-    """The first name in a SLURM host list: `gpu003` of `gpu[003-010,12],login1`."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
-    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group() if first else hosts)
 
 
 def launch(options: Sequence[str], arguments: Sequence[str]) -> int:
@@ -121,19 +85,6 @@ def end_with_launcher() -> None:
     otherwise go on unseen and meet the next run in the same output directory."""
     if os.environ.get(LAUNCHED) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _forced(environment: Mapping[str, str]) -> bool:
-    return environment.get("FORCE_TORCHRUN", "").lower() in ("1", "true", "y", "yes")
-
-
-def _number(environment: Mapping[str, str], name: str, default: int) -> int:
-    text = environment.get(name, "")
-    if not text:
-        return default
-    if not text.isdigit():
-        raise UsageError(f"environment variable {name} is {text!r}; expected a number")
-    return int(text)
 
 
 def visible_gpus() -> int:

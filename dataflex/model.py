@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dataflex.config import RunConfig, require
+from dataflex.environment import local_rank
 from dataflex.errors import DataflexError, UsageError
 from dataflex.lora import lora_targets
 
@@ -271,10 +272,8 @@ def _features(layer: nn.Module) -> tuple[int, int]:
 
 def device() -> torch.device:
     """The GPU of this process if there is one, else the CPU."""
-    import os
-
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", local_rank())
     return torch.device("cpu")
 
 

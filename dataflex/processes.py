@@ -1,33 +1,23 @@
 """The processes of a run: who this one is, and the few things they say to each other.
 
-One process is a team of one, so callers are written once. The launcher (torchrun, accelerate, SLURM with
-torch's variables, or `--nproc`) sets WORLD_SIZE, RANK and the address; nothing is read but those.
+One process is a team of one, so callers are written once. `environment` says how many there are.
 """
 
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from dataflex.environment import launched, local_rank, rank
+from dataflex.environment import world_size as size
 from dataflex.errors import UsageError
 from dataflex.progress import Interrupted, Task
 
 T = TypeVar("T")
-
-
-def rank() -> int:
-    """This process's number; 0 is the one that prints and writes shared files."""
-    return int(os.environ.get("RANK", 0))
-
-
-def size() -> int:
-    """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def join(timeout_s: int = 1800, deepspeed: bool = False) -> None:
@@ -38,10 +28,10 @@ def join(timeout_s: int = 1800, deepspeed: bool = False) -> None:
     """
     if dist.is_initialized() or (size() == 1 and not deepspeed):
         return
-    if "RANK" not in os.environ:
+    if not launched():
         raise UsageError("deepspeed runs in processes that a launcher starts: use the command line, or torchrun")
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"

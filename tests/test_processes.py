@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from dataflex import load_config
+from dataflex.environment import first_host, slurm_variables
 from dataflex.errors import UsageError
-from dataflex.launch import first_host, launch_arguments, slurm_variables
+from dataflex.launch import launch_arguments
 from dataflex.training.moments import load_moments
 
 

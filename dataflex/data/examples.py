@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import os
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,6 @@ from dataflex.data.report import Report
 from dataflex.data.row_cache import cached_rows, row_key, tokenizer_fingerprint
 from dataflex.data.rows import Example
 from dataflex.data.template_table import Template
-from dataflex.data.templates import Thinking, encode_turns, find_template, prepare_tokenizer, warn_of_foreign_system
 from dataflex.errors import UsageError
 from dataflex.progress import SILENT, Progress
 
@@ -107,7 +105,7 @@ def load_split(
         row_key(made_from, file_sizes(sources)) if facts["tokenizer"] else None,
         [source.name for source in sources],
         make,
-        anew=config.overwrite_cache and os.environ.get("LOCAL_RANK", "0") == "0",
+        anew=config.overwrite_cache and local_rank() == 0,
         keep=keep,
     )
     report = rows.report()

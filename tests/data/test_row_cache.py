@@ -76,7 +76,8 @@ def test_overwrite_cache_encodes_anew(tmp_path: Path, data, tokenizer, counted, 
     again = load_split(config(tmp_path, overwrite_cache=True), tokenizer)
     assert len(counted) == 2
     assert contents(first) == contents(again)
-    monkeypatch.setenv("LOCAL_RANK", "1")  # another process of the machine does it
+    for name in ("RANK", "LOCAL_RANK"):  # another process of the machine does it
+        monkeypatch.setenv(name, "1")
     load_split(config(tmp_path, overwrite_cache=True), tokenizer)
     assert len(counted) == 2
 

@@ -42,6 +42,7 @@ def test_a_run_without_steps_is_refused():
 
 
 def test_rows_a_step_counts_accumulation_and_processes(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     made = schedule(per_device_train_batch_size=3, gradient_accumulation_steps=4, update_step=5)
     assert (made.rows_per_step, made.rows_per_selection) == (24, 120)

@@ -7,18 +7,18 @@ ever read, and nothing need be compared. A file appears whole or not at all.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dataflex import json_text
 from dataflex.data.rows import Rows, write_batches
 from dataflex.files import atomic
+from dataflex.locks import Lock
 
 if TYPE_CHECKING:
     import pyarrow
@@ -69,7 +69,8 @@ def cached_rows(key: str | None, datasets: Sequence[str], make: MakeBatches, *, 
         return Rows(path, datasets)
     if not keep or not _writable(path.parent):
         return _unnamed_rows(datasets, make)
-    with _lock(path):
+    # one process at a time
+    with Lock(path.with_suffix(".lock"), wait=True):
         if not path.is_file() or anew:  # a process beside this one may have made it meanwhile
             with atomic(path, "wb") as handle:
                 write_batches(handle, make())
@@ -87,14 +88,6 @@ def _writable(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     return os.access(folder, os.W_OK)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process, however that ends."""
-    with open(path.with_suffix(".lock"), "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _code() -> bytes:

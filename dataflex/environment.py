@@ -1,17 +1,38 @@
-"""What the environment tells this process: its place among the processes of a run. Free of torch.
+"""What the environment tells this process: its place among the processes of a run, and nothing else. Free of torch.
 
 torchrun, accelerate and `--nproc` set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE. A SLURM step has variables of
-its own, which `slurm_variables` turns into torch's.
+its own, which `slurm_variables` turns into torch's. Variables that the libraries would read over the YAML are kept
+from them while a training runs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from dataflex.errors import UsageError
+
+# Variables of another way to train; where one is on, no setting of the YAML describes the run that was asked for.
+OTHER_WAYS = (
+    "ACCELERATE_USE_DEEPSPEED",
+    "ACCELERATE_USE_FSDP",
+    "ACCELERATE_USE_MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG",
+    "ACCELERATE_USE_SAGEMAKER",
+)
+# Variables by which accelerate, Trainer or DeepSpeed would set what the YAML sets, or count the processes anew.
+_BACK_DOOR = re.compile(
+    r"(ACCELERATE|FSDP|MEGATRON_LM|PARALLELISM_CONFIG|PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD|MPI)_\w+"
+    r"|FORK_LAUNCHED|SM_HP_MP_PARAMETERS|KUBEFLOW_TRAINER_SERVER_URL"
+)
+# Of these, what a run's numbers do not depend on.
+HARMLESS = {"ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"}
+_COUNTS = re.compile(r"(PMI|OMPI|MV2|MPI)_\w+")
+_NOTHING = {"", "0", "1", "-1", "no", "none", "false", "default", "auto"}
 
 
 def launched(environment: Mapping[str, str] = os.environ) -> bool:
@@ -91,3 +112,52 @@ def first_host(hosts: str) -> str:
     """The first name in a SLURM host list: `gpu003` of `gpu[003-010,12],login1`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", hosts)
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first.group() if first else hosts)
+
+
+def back_doors(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variables by which a library would decide over the YAML."""
+    left_over = set() if launched(environment) else {"WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+    return {
+        name: value
+        for name, value in environment.items()
+        if (_BACK_DOOR.fullmatch(name) and name not in HARMLESS) or name in left_over
+    }
+
+
+def check_back_doors(own: Mapping[str, str]) -> None:
+    """Warn of the variables that would have decided otherwise than the YAML.
+
+    Args:
+        own: what the run itself sets where a variable would, by the variable's name.
+
+    Raises:
+        UsageError: a variable asks for another way to train.
+    """
+    found = back_doors()
+    for name in OTHER_WAYS:
+        if found.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t") and name not in own:
+            raise UsageError(
+                f"environment variable {name} is {found[name]!r}: the YAML alone says how to train; unset it"
+                + (", and name a configuration as deepspeed" if name == "ACCELERATE_USE_DEEPSPEED" else "")
+            )
+    mattering = [
+        name
+        for name, value in found.items()
+        if value.lower() not in {own.get(name, "").lower(), *_NOTHING} and not (launched() and _COUNTS.fullmatch(name))
+    ]
+    if mattering:
+        warnings.warn(
+            f"environment variable {', '.join(sorted(mattering))}: not read; the YAML alone decides", stacklevel=2
+        )
+
+
+@contextlib.contextmanager
+def without_back_doors() -> Iterator[None]:
+    """While the block runs, the environment has no variable by which a library would decide over the YAML."""
+    former = back_doors()
+    for name in former:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(former)

@@ -6,10 +6,10 @@ Written when the run starts, completed when it ends.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,14 +21,17 @@ from dataflex import processes
 from dataflex.config import RunConfig, save_config
 from dataflex.errors import UsageError
 from dataflex.files import write_json
+from dataflex.locks import Lock
 from dataflex.origin import Origin
 
 LIBRARIES = ("dataflex", "torch", "transformers", "peft", "accelerate", "datasets", "h5py", "deepspeed")
 FILE_NAME = "run.json"
 LOCK_NAME = ".lock"
+CONFIG_NAME = "config.yaml"
 
-# What a former run leaves in its folder and a fresh start must not find.
-REMAINS = ("checkpoint-*", "selections", "gradients", "trainer_log.jsonl", FILE_NAME)
+# What a former run leaves in its folder and a fresh start must not find. The record goes first: a kill after it leaves
+# no finished run without its checkpoints.
+REMAINS = (FILE_NAME, "checkpoint-*", "selections", "gradients", "trainer_log.jsonl")
 
 
 def versions() -> dict[str, str]:
@@ -54,18 +57,30 @@ def device_name() -> str:
 
 
 class Stopwatch:
-    """Seconds by phase."""
+    """Seconds by phase. A phase inside another stops the outer one's clock meanwhile, so that each second counts
+    once."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
+        self._count()
+        self._open.append(name)
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            self._count()
+            self._open.pop()
+
+    def _count(self) -> None:
+        """Give the time since the last call to the innermost open phase."""
+        now = time.monotonic()
+        if self._open:
+            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
+        self._since = now
 
 
 class RunRecord:
@@ -74,7 +89,6 @@ class RunRecord:
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder
         self.facts = facts
-        self.locked: Lock | None = None
 
     @property
     def finished(self) -> bool:
@@ -85,8 +99,6 @@ class RunRecord:
         self.facts.update(facts)
         if processes.rank() == 0:
             write_json(self.folder / FILE_NAME, self.facts)
-        if self.finished and self.locked is not None:
-            self.locked.close()
 
 
 def read_record(folder: Path) -> RunRecord | None:
@@ -112,18 +124,14 @@ def read_record(folder: Path) -> RunRecord | None:
     return RunRecord(folder, facts)
 
 
-class Lock:
-    """A file held open under a lock; released by `close`, or with the last reference to it."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle: int | None = handle
-
-    def close(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-    __del__ = close
+def was_begun(folder: Path) -> bool:
+    """Whether a run has begun in `folder`, also one that was killed before its run.json was there."""
+    if (folder / FILE_NAME).is_file():
+        return True
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    # files.atomic writes under such a temporary name, which a kill leaves behind
+    others = [name for name in names - {LOCK_NAME, CONFIG_NAME} if not re.fullmatch(r"\..+\.tmp", name)]
+    return LOCK_NAME in names and not others
 
 
 def lock(folder: Path) -> Lock:
@@ -133,13 +141,10 @@ def lock(folder: Path) -> Lock:
         UsageError: if another run is in it now.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
+        return Lock(folder / LOCK_NAME)
+    except BlockingIOError:
         raise UsageError(f"output_dir {folder}: another run is writing there; wait for it, or name another") from None
-    return Lock(handle)
 
 
 def find_record(config: RunConfig, came_from: Origin) -> RunRecord | None:
@@ -156,25 +161,31 @@ def find_record(config: RunConfig, came_from: Origin) -> RunRecord | None:
     return record
 
 
-def open_record(config: RunConfig, came_from: Origin) -> RunRecord:
-    """Begin a run in `output_dir`, or take up the one that was begun there. Every process calls this."""
+@contextlib.contextmanager
+def open_record(config: RunConfig, came_from: Origin) -> Iterator[RunRecord]:
+    """Begin a run in `output_dir`, or take up the one that was begun there. Every process calls this.
+
+    Other runs are kept out of the folder until the block ends.
+    """
     folder = Path(config.output_dir)
-    locked = lock(folder) if processes.rank() == 0 else None
-    record = find_record(config, came_from)
-    processes.barrier()  # every process has looked before the first one writes
-    if record is None:
-        record = RunRecord(folder, {"command": came_from.command, "finished": False, "origin": came_from.as_json()})
-        if processes.rank() == 0:
-            for pattern in REMAINS:
-                for path in folder.glob(pattern):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            save_config(config, folder / "config.yaml")
-        record.note(
-            versions=versions(), device=device_name(), processes=processes.size(), prompt_date=str(config.prompt_date)
-        )
-        processes.barrier()
-    record.locked = locked
-    return record
+    with lock(folder) if processes.rank() == 0 else contextlib.nullcontext():
+        record = find_record(config, came_from)
+        processes.barrier()  # every process has looked before the first one writes
+        if record is None:
+            record = RunRecord(folder, {"command": came_from.command, "finished": False, "origin": came_from.as_json()})
+            if processes.rank() == 0:
+                for pattern in REMAINS:
+                    for path in folder.glob(pattern):
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                save_config(config, folder / CONFIG_NAME)
+            record.note(
+                versions=versions(),
+                device=device_name(),
+                processes=processes.size(),
+                prompt_date=str(config.prompt_date),
+            )
+            processes.barrier()
+        yield record
 
 
 def _check_same_run(record: RunRecord, came_from: Origin) -> None:

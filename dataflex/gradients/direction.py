@@ -34,7 +34,7 @@ def adam_direction(
 
     Args:
         gradient: [rows, size] float32.
-        exp_avg, exp_avg_sq: [size], the moments after `step` steps.
+        exp_avg, exp_avg_sq: [size], the moments after AdamW has taken `step` steps at this parameter.
     """
     time = step + 1
     correction1, correction2 = (1 - beta1**time, 1 - beta2**time) if formula == "torch" else (1.0, 1.0)
@@ -79,7 +79,7 @@ def make_direction(gradient_type: str, formula: str, moments: AdamMoments | None
             gradient,
             first[slot.name],
             second[slot.name],
-            moments.step,
+            moments.steps[slot.name],
             moments.beta1,
             moments.beta2,
             moments.eps,

@@ -14,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from dataflex.config import RunConfig
+from dataflex.environment import check_back_doors, without_back_doors
 from dataflex.errors import UsageError
 
 KNOWN = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -34,6 +35,7 @@ def training_arguments(config: RunConfig, total_steps: int) -> TrainingArguments
         "ddp_find_unused_parameters": False,  # every LoRA pair takes part in a step
         **config.training_arguments,
         "max_steps": total_steps,
+        "save_total_limit": None,  # transformers would delete the last whole checkpoint before the new one is sealed
         "warmup_steps": config.warmup_steps or config.warmup_ratio,  # a value below 1 is a share there, too
         "eval_steps": config.eval_steps or config.logging_steps,
         "bf16": config.bf16 and not config.pure_bf16,  # pure bfloat16 leaves autocast nothing to do
@@ -44,8 +46,10 @@ def training_arguments(config: RunConfig, total_steps: int) -> TrainingArguments
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),
     }
+    check_back_doors(_own_settings(config))
     try:
-        arguments = TrainingArguments(**values)
+        with without_back_doors():
+            arguments = TrainingArguments(**values)
         _check_trackers(arguments)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         message = str(error).strip().splitlines()[0]
@@ -56,6 +60,18 @@ def training_arguments(config: RunConfig, total_steps: int) -> TrainingArguments
     if config.logging_dir is not None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = config.logging_dir  # where transformers 5 looks for it
     return arguments
+
+
+def _own_settings(config: RunConfig) -> dict[str, str]:
+    """What the run sets where an environment variable would, by the variable's name."""
+    precision = "fp16" if config.fp16 else "bf16" if config.bf16 and not config.pure_bf16 else "no"
+    own = {
+        "ACCELERATE_MIXED_PRECISION": precision,
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": str(config.gradient_accumulation_steps),
+        "ACCELERATE_GRADIENT_CLIPPING": str(config.max_grad_norm),
+        "ACCELERATE_USE_CPU": str(not torch.cuda.is_available()),
+    }
+    return own if config.deepspeed is None else {**own, "ACCELERATE_USE_DEEPSPEED": "true"}
 
 
 def _checkpointing(on: bool) -> dict[str, Any]:

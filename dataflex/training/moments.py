@@ -7,6 +7,7 @@ and safetensors holds no code.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +21,25 @@ FILE_NAME = "moments.safetensors"
 
 @dataclass(frozen=True)
 class AdamMoments:
-    """AdamW's state after `step` optimizer steps. Tensors are float32, shaped like their parameter."""
+    """AdamW's state by parameter name. Tensors are float32, shaped like their parameter."""
 
     exp_avg: dict[str, torch.Tensor]
     exp_avg_sq: dict[str, torch.Tensor]
+    steps: dict[str, int]
+    """Steps that AdamW has taken at each parameter. A step without a gradient, or one that loss scaling skips, is not
+    among them."""
     step: int
+    """Steps of the run."""
     learning_rate: float
     """Of the latest step."""
     beta1: float
     beta2: float
     eps: float
+
+    @property
+    def own_steps(self) -> dict[str, int]:
+        """The parameters at which AdamW has taken another number of steps than the run has."""
+        return {name: own for name, own in self.steps.items() if own != self.step}
 
 
 def live_moments(optimizer: torch.optim.Optimizer, slots: list[Slot], step: int, learning_rate: float) -> AdamMoments:
@@ -38,19 +48,37 @@ def live_moments(optimizer: torch.optim.Optimizer, slots: list[Slot], step: int,
     Where DeepSpeed has shared the state out, it is gathered: every process must call this, and gets all of it.
     """
     group = optimizer.param_groups[0]
-    exp_avg, exp_avg_sq = {}, {}
-    for slot in slots:
-        for key, target in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-            target[slot.name] = _state_of(optimizer, slot, key, step)
     beta1, beta2 = group["betas"]
-    return AdamMoments(exp_avg, exp_avg_sq, step, learning_rate, float(beta1), float(beta2), float(group["eps"]))
+    return AdamMoments(
+        exp_avg={slot.name: _state_of(optimizer, slot, "exp_avg", step) for slot in slots},
+        exp_avg_sq={slot.name: _state_of(optimizer, slot, "exp_avg_sq", step) for slot in slots},
+        steps={slot.name: _steps_of(optimizer, slot) for slot in slots},
+        step=step,
+        learning_rate=learning_rate,
+        beta1=float(beta1),
+        beta2=float(beta2),
+        eps=float(group["eps"]),
+    )
+
+
+def _is_shared_out(parameter: torch.nn.Parameter) -> bool:
+    """Whether DeepSpeed holds the parameter's state in flat tensors: under ZeRO 3; under ZeRO 1, 2 and in bf16."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def _steps_of(optimizer: torch.optim.Optimizer, slot: Slot) -> int:
+    """The steps that AdamW has taken at a parameter."""
+    if not _is_shared_out(slot.parameter):
+        return int(optimizer.state.get(slot.parameter, {}).get("step", 0))
+    # DeepSpeed fills missing gradients with zeros, so that all its flat tensors take every step
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state), default=0)
 
 
 def _state_of(optimizer: torch.optim.Optimizer, slot: Slot, key: str, step: int) -> torch.Tensor:
     parameter = slot.parameter
     if step == 0:  # no optimizer has made its state yet
         held = None
-    elif hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):  # ZeRO 3; ZeRO 1, 2 and bf16
+    elif _is_shared_out(parameter):
         from deepspeed.utils import safe_get_full_optimizer_state
 
         held = safe_get_full_optimizer_state(parameter, key)
@@ -69,7 +97,8 @@ def moments_fingerprint(moments: AdamMoments) -> str:
         for name, value in kind.items():
             digest.update(name.encode())
             digest.update(value.detach().float().contiguous().cpu().numpy().data)
-    digest.update(repr((moments.step, moments.beta1, moments.beta2, moments.eps)).encode())
+    own_steps = sorted(moments.own_steps.items())
+    digest.update(repr((moments.step, own_steps, moments.beta1, moments.beta2, moments.eps)).encode())
     return digest.hexdigest()
 
 
@@ -81,9 +110,11 @@ def save_moments(moments: AdamMoments, folder: Path) -> None:
 
     tensors = {f"exp_avg/{name}": value.contiguous().cpu() for name, value in moments.exp_avg.items()}
     tensors |= {f"exp_avg_sq/{name}": value.contiguous().cpu() for name, value in moments.exp_avg_sq.items()}
-    numbers = {key: repr(getattr(moments, key)) for key in ("step", "learning_rate", "beta1", "beta2", "eps")}
+    metadata = {key: repr(getattr(moments, key)) for key in ("step", "learning_rate", "beta1", "beta2", "eps")}
+    if moments.own_steps:
+        metadata["steps"] = json.dumps(moments.own_steps)
     with atomic(folder / FILE_NAME, "wb") as handle:
-        handle.write(save(tensors, metadata=numbers))
+        handle.write(save(tensors, metadata=metadata))
 
 
 def load_moments(folder: Path) -> AdamMoments | None:
@@ -101,15 +132,18 @@ def load_moments(folder: Path) -> AdamMoments | None:
     exp_avg_sq: dict[str, torch.Tensor] = {}
     try:
         with safe_open(path, framework="pt") as tensors:
-            numbers = tensors.metadata() or {}
+            metadata = tensors.metadata() or {}
             for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
                 kind, _, name = key.partition("/")
                 {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}[kind][name] = tensors.get_tensor(key)
+        step = int(metadata["step"])
+        own_steps = {name: int(own) for name, own in json.loads(metadata.get("steps", "{}")).items()}
         return AdamMoments(
             exp_avg,
             exp_avg_sq,
-            step=int(numbers["step"]),
-            **{key: float(numbers[key]) for key in ("learning_rate", "beta1", "beta2", "eps")},
+            steps=dict.fromkeys(exp_avg, step) | own_steps,
+            step=step,
+            **{key: float(metadata[key]) for key in ("learning_rate", "beta1", "beta2", "eps")},
         )
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise UsageError(f"checkpoint {folder}: {FILE_NAME} is broken ({error}); write the checkpoint again") from None

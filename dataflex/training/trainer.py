@@ -1,4 +1,8 @@
-"""One trainer for `warmup`, `train` and `dynamic`: transformers' own, told step by step which rows to take."""
+"""One trainer for `warmup`, `train` and `dynamic`: transformers' own, told step by step which rows to take.
+
+Four things hang on it, each with one job: `LiveOptimizer` sees the optimizer, `Checkpoints` finishes what transformers
+writes and checks what it reads, `Steps` counts them and ends the run, `RunLog` writes trainer_log.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +22,20 @@ from dataflex import processes
 from dataflex.config import RunConfig
 from dataflex.data.batches import collate
 from dataflex.data.examples import Example
+from dataflex.environment import without_back_doors
 from dataflex.errors import DataflexError
 from dataflex.files import disk_errors_of
 from dataflex.lora import layout, lora_pairs
 from dataflex.progress import Interrupted, Progress, Task
-from dataflex.training.moments import AdamMoments, live_moments, load_moments, save_moments
-from dataflex.training.resume import last_checkpoint, no_code_from_disk, step_of
+from dataflex.training.checkpoints import keep_newest, newest_sealed, seal, step_of, way_out
+from dataflex.training.method import TrainingMethod, method_of_accelerator, method_of_arguments
+from dataflex.training.moments import AdamMoments, live_moments, load_moments
+from dataflex.training.resume import check_loaded, last_checkpoint, no_code_from_disk
 
-RowsForStep = Callable[[int, "RowTrainer"], list[int]]
-"""(step about to be taken, trainer) → indices of that step's rows, over all processes."""
+RowsOf = Callable[[int], list[int]]
+"""Step → indices of its rows, over all processes. Pure."""
+BeforeStep = Callable[[int, Callable[[], AdamMoments]], None]
+"""(step about to be taken, the moments as they are) → whatever is to be done before it."""
 
 
 class RowTrainer(Trainer):
@@ -36,21 +45,17 @@ class RowTrainer(Trainer):
         self,
         *,
         examples: list[Example],
-        rows_for_step: RowsForStep,
+        rows_of: RowsOf,
+        before_step: Callable[[int], None],
         steps_per_epoch: int,
-        save_at: Collection[int],
-        task: Task,
         **kwargs: Any,
     ) -> None:
         super().__init__(train_dataset=examples, **kwargs)
         self.examples = examples
-        self.rows_for_step = rows_for_step
+        self.rows_of = rows_of
+        self.before_step = before_step
         self.steps_per_epoch = steps_per_epoch
-        self.save_at = save_at
-        self.last_learning_rate = 0.0
-        self.log_callback = RunLog(self, task)
         self.remove_callback(PrinterCallback)
-        self.add_callback(self.log_callback)
 
     def get_train_dataloader(self) -> DataLoader:
         """As many batches as an epoch has; they only count, `get_batch_samples` brings the rows."""
@@ -58,38 +63,71 @@ class RowTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The batches of the step about to be taken, this process's share of its rows."""
-        rows = self.rows_for_step(self.state.global_step, self)
-        return super().get_batch_samples(self._batches(rows), num_batches, device)
+        step = self.state.global_step
+        self.before_step(step)
+        return super().get_batch_samples(self._batches(self.rows_of(step)), num_batches, device)
 
     def _batches(self, rows: list[int]) -> Iterator[dict[str, torch.Tensor]]:
         size, world = self.args.per_device_train_batch_size, self.args.world_size
         for start in range(self.args.process_index * size, len(rows), world * size):
             yield self.data_collator([self.examples[index] for index in rows[start : start + size]])
 
-    def moments(self) -> AdamMoments:
-        """The optimizer's moments as they are now."""
-        slots = layout(lora_pairs(self.model))
-        return live_moments(self.optimizer, slots, self.state.global_step, self.last_learning_rate)
 
+class LiveOptimizer(TrainerCallback):
+    """The optimizer of a training under way, and the learning rate it last had."""
 
-class RunLog(TrainerCallback):
-    """Progress, trainer_log.jsonl under LLaMA-Factory's keys, and Adam's moments beside every checkpoint."""
-
-    def __init__(self, trainer: RowTrainer, task: Task) -> None:
-        self.trainer = trainer
-        self.task = task
-        self.started = time.monotonic()
-        self.began = False
-        """Whether the checkpoint to go on from, if any, has been read."""
-        self.interrupted: Interrupted | None = None
-        """Raised by `fit` when the checkpoint of the step it came in is on disk."""
+    def __init__(self, last_learning_rate: float | None) -> None:
+        self._last_learning_rate = last_learning_rate
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = True
+        self._optimizer, self._slots = kwargs["optimizer"], layout(lora_pairs(kwargs["model"]))
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # read here: once the step is over, the schedule has moved on to the next step's rate
-        self.trainer.last_learning_rate = float(optimizer.param_groups[0]["lr"])
+        self._last_learning_rate = self.next_learning_rate
+
+    @property
+    def next_learning_rate(self) -> float:
+        """Of the step about to be taken."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def moments(self, step: int) -> AdamMoments:
+        """The optimizer's moments after `step` steps of the run; before the first, with the rate it will have."""
+        rate = self.next_learning_rate if self._last_learning_rate is None else self._last_learning_rate
+        return live_moments(self._optimizer, self._slots, step, rate)
+
+
+class Checkpoints(TrainerCallback):
+    """Checks the checkpoint a training goes on from, seals those it writes, and only then deletes older ones."""
+
+    def __init__(self, live: LiveOptimizer, method: TrainingMethod, limit: int | None, resumed: Path | None) -> None:
+        self.live, self.method, self.limit, self.resumed = live, method, limit, resumed
+        self.loaded = False
+        """Whether the checkpoint to go on from, if any, has been read and found right."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.resumed is not None:
+            rates = [self.live.next_learning_rate, *map(float, kwargs["lr_scheduler"].get_last_lr()[:1])]
+            check_loaded(self.resumed, state.global_step, self.live.moments(state.global_step), rates)
+        self.loaded = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        moments = self.live.moments(state.global_step)
+        processes.barrier()  # every process has written its part
+        if state.is_world_process_zero:
+            output_dir = Path(args.output_dir)
+            folder = output_dir / f"checkpoint-{state.global_step}"
+            seal(folder, moments, self.method, self.live.next_learning_rate, resumable=not args.save_only_model)
+            keep_newest(output_dir, self.limit, state.best_model_checkpoint)
+
+
+class Steps(TrainerCallback):
+    """Advances the task by a step, and says where to save and where to stop."""
+
+    def __init__(self, task: Task, save_at: Collection[int]) -> None:
+        self.task, self.save_at = task, save_at
+        self.interrupted: Interrupted | None = None
+        """Raised by `fit` when the checkpoint of the step it came in is on disk."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         try:
@@ -99,9 +137,17 @@ class RunLog(TrainerCallback):
             args.save_only_model = False  # this checkpoint is there to go on from
             control.should_save = control.should_training_stop = True
         # the end of the run is a checkpoint, whatever save_strategy says
-        if state.global_step >= state.max_steps or state.global_step in self.trainer.save_at:
+        if state.global_step >= state.max_steps or state.global_step in self.save_at:
             control.should_save = True
         return control
+
+
+class RunLog(TrainerCallback):
+    """trainer_log.jsonl under LLaMA-Factory's keys, and the loss beside the task's bar."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.started = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or not {"loss", "eval_loss"} & logs.keys():
@@ -124,11 +170,6 @@ class RunLog(TrainerCallback):
         with (Path(args.output_dir) / "trainer_log.jsonl").open("a", encoding="utf-8") as handle:
             handle.write(json.dumps({key: value for key, value in record.items() if value is not None}) + "\n")
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        moments = self.trainer.moments()
-        if state.is_world_process_zero:
-            save_moments(moments, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
 
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
@@ -137,7 +178,7 @@ def _clock(seconds: float) -> str:
 
 def _kept(output_dir: Path, steps: int) -> str:
     """What a training that ends here leaves."""
-    checkpoint = last_checkpoint(output_dir)
+    checkpoint = newest_sealed(output_dir)
     if checkpoint is None:
         return f"step 0 of {steps}, no checkpoint yet"
     return f"step {step_of(checkpoint)} of {steps} is saved in {checkpoint}"
@@ -151,7 +192,8 @@ def fit(
     examples: list[Example],
     *,
     steps_per_epoch: int,
-    rows_for_step: RowsForStep,
+    rows_of: RowsOf,
+    before_step: BeforeStep = lambda step, moments: None,
     progress: Progress,
     eval_examples: list[Example] | None = None,
     save_at: Collection[int] = (),
@@ -166,22 +208,31 @@ def fit(
     """
     output_dir = Path(config.output_dir)
     checkpoint = last_checkpoint(output_dir)
+    moments = load_moments(checkpoint) if checkpoint else None
     pad_token_id = tokenizer.pad_token_id
-    with progress.task("training", args.max_steps, "steps") as task:
+    live = LiveOptimizer(moments.learning_rate if moments else None)
+    method = method_of_arguments(args)
+    checkpoints = Checkpoints(live, method, config.save_total_limit, checkpoint)
+    if step_of(checkpoint) >= args.max_steps:
+        # no step is left; in the middle of an epoch, transformers would look for the end after one more
+        steps_per_epoch = args.max_steps
+    with progress.task("training", args.max_steps, "steps") as task, without_back_doors():
+        steps = Steps(task, save_at if config.save_strategy != "no" else ())
         trainer = RowTrainer(
             model=model,
             args=args,
             data_collator=lambda rows: collate(rows, pad_token_id),
             eval_dataset=eval_examples if config.eval_strategy != "no" else None,
             processing_class=tokenizer,
+            callbacks=[live, checkpoints, steps, RunLog(task)],
             examples=examples,
-            rows_for_step=rows_for_step,
+            rows_of=rows_of,
+            before_step=lambda step: before_step(step, lambda: live.moments(step)),
             steps_per_epoch=steps_per_epoch,
-            save_at=save_at if config.save_strategy != "no" else (),
-            task=task,
         )
+        if (used := method_of_accelerator(trainer.accelerator)) != method:
+            raise DataflexError(f"accelerate would train {used}, where the configuration says {method}")
         if checkpoint is not None:
-            trainer.last_learning_rate = load_moments(checkpoint).learning_rate
             task.advance(step_of(checkpoint))
         try:
             with (
@@ -189,22 +240,22 @@ def fit(
                 no_code_from_disk(deepspeed=config.deepspeed is not None),
             ):
                 result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            if trainer.log_callback.interrupted is not None:
-                raise trainer.log_callback.interrupted
+            if steps.interrupted is not None:
+                raise steps.interrupted
         except Interrupted as stop:
             if processes.rank() == 0:
                 stop.add_note(_kept(output_dir, args.max_steps))
             raise
+        except DataflexError:
+            raise
         except Exception as error:
-            if checkpoint is None or trainer.log_callback.began:
+            if checkpoint is None or checkpoints.loaded:
                 raise
             if isinstance(error, UnpicklingError):
                 reason = "a file in it holds more than tensors and plain values"
             else:
                 reason = str(error).strip().partition("\n")[0]
-            raise DataflexError(
-                f"{checkpoint} is damaged ({reason}); delete it, and the same command goes on from the one before"
-            ) from error
+            raise DataflexError(f"{checkpoint} is damaged ({reason}); {way_out(checkpoint)}") from error
     with disk_errors_of(f"output_dir {output_dir}", " from the last checkpoint"):
         trainer.save_model()
         trainer.save_state()

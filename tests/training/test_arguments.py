@@ -66,7 +66,6 @@ SAME = {
     "save_only_model": True,
     "save_steps": 9,
     "save_strategy": "epoch",
-    "save_total_limit": 2,
     "seed": 7,
     "skip_memory_metrics": False,
     "torch_empty_cache_steps": 4,
@@ -93,6 +92,7 @@ OTHERWISE = [
     ({"resume_from_checkpoint": True}, "resume_from_checkpoint", None),
     ({}, "ddp_find_unused_parameters", False),
     ({}, "max_steps", 11),
+    ({"save_total_limit": 2}, "save_total_limit", None),  # kept by the run itself, once a new checkpoint is sealed
     ({}, "remove_unused_columns", False),
     ({}, "label_names", ["labels"]),
 ]

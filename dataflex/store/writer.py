@@ -8,7 +8,6 @@ with plain h5py at any moment, and a killed run loses at most the rows it had no
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import numpy as np
 
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import disk_errors_of
+from dataflex.locks import Lock
 from dataflex.store.layout import FORMAT, NUMPY_DTYPE, VERSION, header_checksum, row_checksum
 from dataflex.store.manifest import Manifest
 from dataflex.store.reader import GradientStore
@@ -105,27 +105,14 @@ def _in_use(path: Path) -> UsageError:
     return UsageError(f"gradient store {path}: another process is writing it; wait for it, or name another file")
 
 
-def _lock(handle: int, path: Path) -> None:
-    """Keep other writers out for as long as `handle` is open; a UsageError where one is in."""
+def _open_for_writing(path: Path) -> Lock:
+    """The store under a lock that keeps other writers out. Readers may come in."""
     try:
-        # a record lock: HDF5 itself takes flock locks, and readers must not be kept out
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        return Lock(path, create=False)
+    except BlockingIOError:
         raise _in_use(path) from None
-
-
-def _open_for_writing(path: Path) -> int:
-    """A handle that no other writer has."""
-    try:
-        handle = os.open(path, os.O_RDWR)
     except OSError as error:
         raise UsageError(f"gradient store {path}: cannot be written ({error.strerror})") from None
-    try:
-        _lock(handle, path)
-    except UsageError:
-        os.close(handle)
-        raise
-    return handle
 
 
 @contextlib.contextmanager
@@ -134,11 +121,8 @@ def _keeping_writers_out(path: Path) -> Iterator[None]:
     if not path.exists():
         yield
         return
-    handle = _open_for_writing(path)
-    try:
+    with _open_for_writing(path):
         yield
-    finally:
-        os.close(handle)
 
 
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...], dtype: Any) -> None:
@@ -160,15 +144,16 @@ class StoreWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        with GradientStore(path) as store:
-            self._rows, self._layout = store.manifest.row_layout, store.file_layout
-            self.done = store.done.astype(bool)
         self.path = path
-        self._handle = _open_for_writing(path)
+        self._lock = _open_for_writing(path)
+        self._handle = self._lock.handle
         try:
+            with GradientStore(path) as store:  # under the lock: before it, another store may have taken its place
+                self._rows, self._layout = store.manifest.row_layout, store.file_layout
+                self.done = store.done.astype(bool)
             _check_room(path, self._bytes_to_come())
         except DataflexError:
-            os.close(self._handle)
+            self._lock.close()
             raise
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._batch: Future[None] | None = None
@@ -226,7 +211,7 @@ class StoreWriter:
             with disk_errors_of(f"gradient store {self.path}"):
                 os.fsync(self._handle)
         finally:  # not under a batch that an interruption has left at work
-            self._thread.submit(os.close, self._handle)
+            self._thread.submit(self._lock.close)
             self._thread.shutdown()
 
     def __enter__(self) -> StoreWriter:

@@ -12,9 +12,12 @@ import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dataflex import locks
+from dataflex.gradients.store import GradientStore
+from dataflex.gradients.store_writer import StoreWriter, create_store
 from dataflex.locks import Lock
 
 HOLD = """
@@ -164,3 +167,15 @@ def test_another_error_is_no_lack_of_locks(path: Path, monkeypatch):
     monkeypatch.setattr(fcntl, "fcntl", broken)
     with pytest.raises(OSError, match="broken"):
         Lock(path)
+
+
+def test_a_store_stays_locked_while_its_writer_reads_it(tmp_path: Path):
+    path = tmp_path / "g.h5"
+    manifest = {"store_dtype": "float32", "proj_dim": 4, "parameters": [["a", 4]]}
+    create_store(path, manifest=manifest, row=np.arange(3), tokens=np.ones(3), subtask=None)
+    with StoreWriter(path) as writer:
+        with GradientStore(path) as store:  # opens and closes the file in this process
+            assert len(store) == 3
+        assert not is_free(path)
+        writer.write([1], np.ones((1, 4), np.float32), np.ones(1))
+    assert is_free(path)

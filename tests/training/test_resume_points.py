@@ -201,7 +201,7 @@ def test_a_kill_while_a_checkpoint_is_sealed_or_removed_loses_no_more_than_it(co
     train(config)
     found = adapter(folder)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
-    assert [step_of(path) for path in checkpoints_in(folder)] == [5]
+    assert [step_of(path) for path in checkpoints_in(folder)] in ([5], [4, 5])  # nothing is saved after the last
 
 
 def test_every_file_of_a_checkpoint_is_needed(config, tmp_path):

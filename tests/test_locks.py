@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from dataflex import locks
-from dataflex.gradients.store import GradientStore
-from dataflex.gradients.store_writer import StoreWriter, create_store
 from dataflex.locks import Lock
+from dataflex.store.manifest import Manifest
+from dataflex.store.reader import GradientStore
+from dataflex.store.writer import StoreWriter, create_store
 
 HOLD = """
 import sys, time
@@ -171,7 +172,7 @@ def test_another_error_is_no_lack_of_locks(path: Path, monkeypatch):
 
 def test_a_store_stays_locked_while_its_writer_reads_it(tmp_path: Path):
     path = tmp_path / "g.h5"
-    manifest = {"store_dtype": "float32", "proj_dim": 4, "parameters": [["a", 4]]}
+    manifest = Manifest(store_dtype="float32", proj_dim=4, parameters=[["a", 4]])
     create_store(path, manifest=manifest, row=np.arange(3), tokens=np.ones(3), subtask=None)
     with StoreWriter(path) as writer:
         with GradientStore(path) as store:  # opens and closes the file in this process

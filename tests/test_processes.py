@@ -109,6 +109,7 @@ def test_zero_3_goes_on_from_its_checkpoint(one, settings, repo):
     time.sleep(1)
     assert not (folder / "adapter_model.safetensors").exists()
     _refuses_code(folder, [*command[:4], *command[5:]])
+    _refuses_another_way(folder, command, zero)
     done = subprocess.run(command[:4] + command[5:], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "going on from step 3" in done.stderr
@@ -118,17 +119,39 @@ def test_zero_3_goes_on_from_its_checkpoint(one, settings, repo):
         np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5)
 
 
+def _refuses_another_way(folder: Path, command: list[str], zero: Path) -> None:
+    """Without its optimizer and schedule nothing is gone on with, whatever of the way to train has changed."""
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    zero_3 = f"deepspeed={zero}"
+    for given in ("deepspeed=null", f"deepspeed={zero.with_name('ds_z2_config.json')}"):
+        other = [given if part == zero_3 else part for part in command]
+        done = subprocess.run(other, capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        now = "in 2 processes" if given.endswith("null") else "in 2 processes by DeepSpeed ZeRO-2"
+        wanted = (
+            f"checkpoint-3 was trained in 2 processes by DeepSpeed ZeRO-3, and this command would train {now}. Go on"
+        )
+        assert wanted in done.stderr
+        assert done.stderr.count("error:") == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()} == before
+
+
 def _refuses_code(folder: Path, command: list[str]) -> None:
     """A pickle of DeepSpeed's that would run something is refused by name, and runs nothing."""
     states = folder / "checkpoint-3" / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    sound = states.read_bytes()
+    listed = folder / "checkpoint-3" / "checkpoint.json"
+    sound, contents = states.read_bytes(), listed.read_text()
     torch.save(TouchesAFile(folder / "touched"), states)
+    changed = json.loads(contents)
+    changed["files"][str(states.relative_to(folder / "checkpoint-3"))] = states.stat().st_size
+    listed.write_text(json.dumps(changed))  # so that the file is read at all
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"{folder}/checkpoint-3 is damaged (a file in it holds more" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (folder / "touched").exists()
     states.write_bytes(sound)
+    listed.write_text(contents)
 
 
 class TouchesAFile:

@@ -22,6 +22,8 @@ from dataflex.data.report import Report
 from dataflex.data.row_cache import cached_rows, row_key, tokenizer_fingerprint
 from dataflex.data.rows import Example
 from dataflex.data.template_table import Template
+from dataflex.data.templates import Thinking, encode_turns, find_template, prepare_tokenizer, warn_of_foreign_system
+from dataflex.environment import local_rank
 from dataflex.errors import UsageError
 from dataflex.progress import SILENT, Progress
 

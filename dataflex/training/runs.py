@@ -103,7 +103,9 @@ def load_run(
     with watch.phase("data"):
         tokenizer = load_tokenizer(config)
         split = load_split(config, tokenizer, "train", progress)
-        validation = load_split(config, tokenizer, "eval", progress) if selects or config.eval_strategy != "no" else None
+        validation = (
+            load_split(config, tokenizer, "eval", progress) if selects or config.eval_strategy != "no" else None
+        )
     steps = steps_over(split)
     came_from = origin_of(config, command, split, validation if selects else None, progress)
     if already_finished(config, came_from, progress):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 
 from dataflex.errors import UsageError
 from dataflex.gradients.direction import adam_direction, make_direction
 from dataflex.lora import Slot
-from dataflex.training.moments import live_moments
+from dataflex.training.moments import AdamMoments, live_moments, load_moments, save_moments
 
 
 def trained_optimizer(steps: int) -> tuple[torch.nn.Parameter, torch.optim.AdamW]:
@@ -79,3 +82,41 @@ def test_moments_of_another_adapter_are_refused():
     moments = live_moments(optimizer, [Slot("made", parameter, 0, 1000)], 1, 3e-4)
     with pytest.raises(UsageError, match="do not fit its adapter at other"):
         make_direction("adam", "torch", moments, [Slot("other", parameter, 0, 1000)])
+
+
+def test_each_parameters_own_steps_correct_its_bias():
+    """A real AdamW one of whose parameters had no gradient for some steps."""
+    torch.manual_seed(2)
+    parameters = [torch.nn.Parameter(torch.randn(6, 5, dtype=torch.float64)) for _ in range(3)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, betas=(0.9, 0.98), eps=1e-7, weight_decay=0.0)
+    for step in range(5):
+        for number, parameter in enumerate(parameters):  # of five steps they take 5, 3 and none
+            parameter.grad = torch.randn_like(parameter) if number == 0 or (number == 1 and step > 1) else None
+        optimizer.step()
+    slots = [Slot(f"p{n}", parameter, 30 * n, 30) for n, parameter in enumerate(parameters)]
+    moments = live_moments(optimizer, slots, 5, 1e-2)
+    assert moments.steps == {"p0": 5, "p1": 3, "p2": 0}
+    assert moments.own_steps == {"p1": 3, "p2": 0}
+    direction = make_direction("adam", "torch", moments, slots)
+    before = [parameter.detach().clone() for parameter in parameters]
+    gradients = [torch.randn_like(parameter) for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    for slot, old, gradient in zip(slots, before, gradients, strict=True):
+        taken = -(slot.parameter.detach() - old).flatten() / 1e-2
+        found = direction(slot, gradient.float().view(1, -1))[0]
+        torch.testing.assert_close(found.double(), taken, rtol=1e-5, atol=1e-6)
+
+
+def test_own_steps_are_written_and_read(tmp_path):
+    first, second = ({name: torch.rand(2, 3) for name in ("a", "b")} for _ in range(2))
+    for steps, written in (({"a": 7, "b": 7}, None), ({"a": 7, "b": 4}, {"b": 4})):
+        moments = AdamMoments(first, second, steps, 7, 0.1, 0.9, 0.99, 1e-8)
+        save_moments(moments, tmp_path)
+        again = load_moments(tmp_path)
+        assert (again.steps, again.step) == (steps, 7)
+        with safe_open(tmp_path / "moments.safetensors", framework="pt") as file:
+            metadata = file.metadata()
+        assert metadata["step"] == "7"
+        assert (json.loads(metadata["steps"]) if "steps" in metadata else None) == written

@@ -13,6 +13,7 @@ def merge(
     model: s.Model = None,
     adapter: s.option(str, "adapter_name_or_path", "--adapter") = None,
     export_dir: s.option(str, "export_dir", "--export-dir") = None,
+    template: s.Template = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,
     quiet: s.Quiet = False,

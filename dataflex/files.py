@@ -60,14 +60,20 @@ def _temporary(path: Path, mode: str) -> Iterator[IO[Any]]:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; these are ordinary ones
+        make_ordinary(Path(temporary))  # mkstemp makes private files
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def make_ordinary(*paths: Path) -> None:
+    """Give files the mode that the umask asks for, where a library made them private."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in paths:
+        os.chmod(path, 0o666 & ~umask)
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -64,7 +64,7 @@ def model_files(folder: Path) -> list[Path]:
 
 def adapter_fingerprint(path: str | Path) -> str:
     """sha256 (hex) over an adapter's weights and the settings that say how they act."""
-    from dataflex.model import adapter_folder
+    from dataflex.adapters import adapter_folder, weights_file
 
     folder = adapter_folder(path)
     try:
@@ -76,7 +76,7 @@ def adapter_fingerprint(path: str | Path) -> str:
         }
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"adapter {path}: adapter_config.json is not readable ({error})") from None
-    [weights] = file_hashes([folder / "adapter_model.safetensors"])
+    [weights] = file_hashes([weights_file(folder)])
     return hashlib.sha256(f"{weights}{json.dumps(acting, sort_keys=True)}".encode()).hexdigest()
 
 

@@ -1,29 +1,36 @@
 """The `merge` command: adapters folded into their base model, saved as a model that plain transformers loads.
 
-What is written equals `llamafactory-cli export`, save that each sum W + s·BA is taken in float32, and that
-`generation_config.json` also names the end token that `template` trained the model to stop at.
+What is written equals `llamafactory-cli export`, save that each sum W + s·BA is taken in float32, that tied
+embeddings are untied where an adapter tells them apart, that `generation_config.json` also names the end token
+that training taught, and that the result is loaded again and held against base + adapter.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
+from dataflex.adapters import Adapter, check_adapter_fits, ends, fold, read_adapter, without_copies
 from dataflex.config import RunConfig, require
-from dataflex.data.chat_formats import REPLACING, jinja_template, ollama_modelfile, read_template
-from dataflex.data.templates import find_template, prepare_tokenizer
-from dataflex.errors import UsageError
-from dataflex.files import check_output_dir, write_json, write_text
-from dataflex.model import check_adapter_fits, device, fold, load_base_model, load_tokenizer
+from dataflex.data.chat_formats import end_token, ollama_modelfile, set_chat
+from dataflex.errors import DataflexError, UsageError
+from dataflex.files import check_output_dir, disk_errors_of, make_ordinary, write_json, write_text
+from dataflex.model import device, load_base_model, load_tokenizer
+from dataflex.model_card import CARD, merged_card
 from dataflex.progress import SILENT, Progress
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from dataflex.data.template_table import Template
 
 SAMPLING = {
     "temperature": (None, 1.0),
@@ -37,10 +44,16 @@ SAMPLING = {
 }
 """Generation settings that mean nothing without sampling, and the values at which they say nothing."""
 
+PROBED = 16
+"""Tokens on which a merged model is held against base + adapter."""
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Difference of logits that rounding to a dtype may make, as a share of the largest logit."""
+
 EXPORTED = (
     "config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json",
     "pytorch_model*.bin", "pytorch_model*.bin.index.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "spiece.model", "*.py", "Modelfile",
+    "added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "spiece.model", "*.py", "Modelfile", "README.md",
 )  # fmt: skip
 """The files an export may consist of: only a folder of nothing else is ever replaced."""
 
@@ -48,40 +61,155 @@ EXPORTED = (
 def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Merge each of `adapter_name_or_path` in turn into the base model and save it in `export_dir`.
 
+    What was written is loaded again and must give the logits of base + adapter.
+
     Raises:
         UsageError: if an adapter does not fit the base, or `export_dir` holds anything but an earlier export;
             nothing is written.
-        DataflexError: if merging changed nothing.
+        DataflexError: if merging changed nothing, or what was written is another model; nothing is left of it.
     """
     require(config, "merge")
     export_dir = check_export_dir(config)
-    tokenizer = load_tokenizer(config)
-    chat = _prepare_chat(tokenizer, config.template)
-    model = load_base_model(config, "auto")
-    for adapter in config.adapter_name_or_path:
-        check_adapter_fits(model, adapter)
+    adapters = [read_adapter(path) for path in config.adapter_name_or_path]
+    _check_base_name(config, adapters[0])
+    tokenizer = _find_tokenizer(config)
+    chat = set_chat(tokenizer, config.template)
+    model = load_base_model(config.changed(flash_attn="auto"), "auto")  # other kernels may need a GPU
+    for path in config.adapter_name_or_path:
+        check_adapter_fits(model, path)
     model.to(device() if config.export_device == "auto" else torch.device("cpu"))
-    for adapter in config.adapter_name_or_path:
-        model = fold(model, adapter, config)
-        progress.say(f"merged {adapter}")
+    adapters = [without_copies(model, adapter) for adapter in adapters]
+    probe = Probe()
+    for adapter in adapters:
+        model = fold(model, adapter, look=lambda wrapped, adapter=adapter: probe.look(wrapped, adapter))
+        probe.compare(model, f"adapter {adapter.path}", model.dtype)
+        progress.say(f"merged {adapter.path}")
     model.to(export_dtype(model.dtype))
     model.config.dtype = model.dtype
     model.config.use_cache = True
-    _fix_generation(model, tokenizer)
+    _fix_generation(model, tokenizer, chat)
 
     export_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=export_dir.parent, prefix=f".{export_dir.name}.") as temporary:
         folder = Path(temporary) / "model"
-        model.save_pretrained(folder, max_shard_size=f"{config.export_size}GB")
-        if config.export_legacy_format:
-            _to_legacy(folder)
-        tokenizer.padding_side = "left"  # for generation
-        tokenizer.save_pretrained(folder)
+        with disk_errors_of(f"export_dir {config.export_dir}"):
+            model.save_pretrained(folder, max_shard_size=f"{config.export_size}GB")
+            if config.export_legacy_format:
+                _to_legacy(folder)
+            tokenizer.padding_side = "left"  # for generation
+            tokenizer.save_pretrained(folder)
         write_text(folder / "Modelfile", ollama_modelfile(chat, tokenizer))
+        place = model.device
+        del model  # two of them may be more than there is room for
+        difference = check_export(folder, probe, config, place)
+        progress.say(f"read back: {difference}")
+        write_text(folder / CARD, merged_card(config, difference))
+        make_ordinary(*(path for path in folder.iterdir() if path.is_file()))
         if export_dir.exists():
             export_dir.rename(Path(temporary) / "former")
         folder.rename(export_dir)
     return Path(config.export_dir)
+
+
+class Probe:
+    """The logits of base + adapter on a few tokens, and how far a merged model's are from them."""
+
+    def look(self, wrapped: PeftModel, adapter: Adapter) -> None:
+        """Keep what base + `adapter` say, on tokens from all over the vocabulary and on the rows it trained."""
+        rows = wrapped.get_input_embeddings().weight.shape[0]
+        trained = adapter.config.trainable_token_indices or []
+        lists = trained.values() if isinstance(trained, dict) else [trained]
+        spread = [int(token) for token in torch.linspace(0, rows - 1, PROBED)]
+        self.tokens = spread + [token for indices in lists for token in indices][:PROBED]
+        self.expected = self._logits(wrapped)
+
+    def compare(self, model: PreTrainedModel, what: str, dtype: torch.dtype) -> str:
+        """The largest difference, in words.
+
+        Raises:
+            DataflexError: if it is more than rounding to `dtype` explains.
+        """
+        logits = self._logits(model)
+        size = self.expected.abs().max().item()
+        if logits.shape != self.expected.shape:
+            raise DataflexError(
+                f"{what}: the merged model has {logits.shape[-1]} logits, and base + adapter "
+                f"{self.expected.shape[-1]}; report this as a fault of dataflex"
+            )
+        largest = (logits - self.expected).abs().max().item()
+        said = f"logits differ from base + adapter by at most {largest:.2g}, where the largest is {size:.3g}"
+        if not largest <= TOLERANCE[dtype] * size:  # also where one of them is not a number
+            raise DataflexError(
+                f"{what}: the merged model is not base + adapter: {said} and {TOLERANCE[dtype] * size:.2g} would be "
+                f"rounding to {str(dtype).removeprefix('torch.')}. Serve the adapter unmerged, and report this"
+            )
+        return said
+
+    def _logits(self, model: nn.Module) -> torch.Tensor:
+        tokens = torch.tensor([self.tokens], device=next(model.parameters()).device)
+        with torch.no_grad():
+            return model.eval()(input_ids=tokens, use_cache=False).logits.float().cpu()
+
+
+def check_export(folder: Path, probe: Probe, config: RunConfig, place: torch.device) -> str:
+    """Load `folder` as plain transformers does and hold it against what was merged and against its configuration.
+
+    Returns:
+        the largest difference of its logits, in words.
+    """
+    from transformers import AutoModelForCausalLM
+
+    what = f"export_dir {config.export_dir}"
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", output_loading_info=True, trust_remote_code=config.trust_remote_code
+    )
+    wrong = [f"{kind.replace('_', ' ')} {sorted(map(str, names))[0]}" for kind, names in found.items() if names]
+    rows = model.get_input_embeddings().weight.shape[0]
+    settings = model.config.get_text_config()
+    if settings.vocab_size != rows:
+        wrong.append(f"vocab_size {settings.vocab_size} for {rows} embeddings")
+    embedding, head = ends(model)
+    tied = head is not None and getattr(head, "weight", None) is embedding.weight
+    if head is not None and bool(getattr(model.config, "tie_word_embeddings", tied)) != tied:
+        wrong.append(f"tie_word_embeddings {not tied}")
+    if {parameter.dtype for parameter in model.parameters()} != {model.config.dtype}:
+        wrong.append(f"dtype {model.config.dtype}")
+    strange = [token for token in _as_list(model.generation_config.eos_token_id) if token >= rows]
+    if strange:
+        wrong.append(f"eos_token_id {strange[0]} for {rows} embeddings")
+    if wrong:
+        raise DataflexError(f"{what}: the configuration does not fit the weights ({'; '.join(wrong)}); report this")
+    return probe.compare(model.to(place), what, model.dtype)
+
+
+def _check_base_name(config: RunConfig, adapter: Adapter) -> None:
+    """Warn where the first adapter names another base: shapes alone do not tell a model from its relatives."""
+    trained_on = adapter.config.base_model_name_or_path
+    if trained_on and Path(trained_on).name not in config.model_name_or_path:
+        warnings.warn(
+            f"adapter {adapter.path} was trained on {trained_on}, and is merged into {config.model_name_or_path}; "
+            "make sure that they are one model",
+            stacklevel=2,
+        )
+
+
+def _find_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, or the last adapter's where that knows more tokens, or where no template is named: it
+    has the wording and the end token of the training."""
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(config)
+    folder = Path(config.adapter_name_or_path[-1])
+    if not (folder / "tokenizer_config.json").is_file():
+        return tokenizer
+    try:
+        trained = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # whatever the tokenizer's own code raises
+        raise UsageError(
+            f"adapter {folder}: its tokenizer cannot be read; remove its tokenizer files to take the base's"
+        ) from error
+    more = set(trained.get_vocab()) > set(tokenizer.get_vocab())
+    return trained if more or config.template is None else tokenizer
 
 
 def check_export_dir(config: RunConfig) -> Path:
@@ -120,27 +248,23 @@ def export_dtype(stored: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def _prepare_chat(tokenizer: PreTrainedTokenizerBase, name: str | None) -> Any:
-    """Give the tokenizer the special tokens and the wording of `template`; returns that template."""
-    template = find_template(name) if name is not None else None
-    prepare_tokenizer(tokenizer, template)
-    if template is None:
-        return read_template(tokenizer) if tokenizer.chat_template else None
-    if not tokenizer.chat_template or name in REPLACING:
-        tokenizer.chat_template = jinja_template(template, tokenizer)
-    return template
-
-
-def _fix_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _fix_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: Template | None) -> None:
     """Sampling values imply do_sample, without which transformers refuses to save them; and generation stops at
     the token that ends a turn, which a template may have changed."""
     generation = model.generation_config
     if any(getattr(generation, key, None) not in neutral for key, neutral in SAMPLING.items()):
         generation.do_sample = True
-    ends = generation.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    if tokenizer.eos_token_id not in ends:
-        generation.eos_token_id = [*ends, tokenizer.eos_token_id]
+    rows = model.get_input_embeddings().weight.shape[0]
+    stops = _as_list(generation.eos_token_id)
+    for token in (tokenizer.eos_token, end_token(chat, tokenizer)):
+        number = None if token is None else tokenizer.convert_tokens_to_ids(token)
+        if number is not None and number < rows and number not in stops:
+            stops.append(number)
+    generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
+
+
+def _as_list(tokens: int | list[int] | None) -> list[int]:
+    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
 
 
 def _to_legacy(folder: Path) -> None:

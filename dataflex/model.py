@@ -1,4 +1,4 @@
-"""The base model, its tokenizer and its LoRA adapter, from a hub id, a directory or a .gguf file."""
+"""The base model, its tokenizer and a new adapter on it, from a hub id, a directory or a .gguf file."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dataflex.adapters import check_adapter_fits, fold, put_on, read_adapter, without_copies
 from dataflex.config import RunConfig, require
 from dataflex.environment import local_rank
-from dataflex.errors import DataflexError, UsageError
+from dataflex.errors import UsageError
 from dataflex.lora import lora_targets
 
 if TYPE_CHECKING:
@@ -131,10 +132,10 @@ def load_frozen_model(config: RunConfig) -> PreTrainedModel:
         raise UsageError(
             "adapter_name_or_path: under ZeRO-3 no adapter can be folded in; merge it into the model first"
         )
-    for adapter in config.folded_adapters:
-        check_adapter_fits(model, adapter)
-    for adapter in config.folded_adapters:
-        model = fold(model, adapter, config)
+    for path in config.folded_adapters:
+        check_adapter_fits(model, path)
+    for adapter in [without_copies(model, read_adapter(path)) for path in config.folded_adapters]:
+        model = fold(model, adapter)
     if config.upcast_layernorm:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 and ("norm" in name or "ln" in name):
@@ -179,95 +180,8 @@ def add_lora(model: PreTrainedModel, config: RunConfig) -> PeftModel:
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path, config: RunConfig, trainable: bool = True) -> PeftModel:
-    """The adapter in `path` on `model`, after checking that it was made for a model of these shapes."""
-    from peft import PeftModel
-
-    check_adapter_fits(model, path)
-    return PeftModel.from_pretrained(
-        model, str(path), is_trainable=trainable, autocast_adapter_dtype=not config.pure_bf16
-    )
-
-
-def fold(model: PreTrainedModel, adapter: str | Path, config: RunConfig) -> PreTrainedModel:
-    """`model` with one adapter folded in, each layer's sum taken in float32 and rounded to the layer's dtype.
-
-    Layer by layer, so that no more than one of them is held in float32 beside the model.
-
-    Raises:
-        UsageError: if the adapter does not fit the model, or the model is quantized.
-        DataflexError: if no weight changed, or one is no longer finite.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    if getattr(model, "is_quantized", False):
-        raise UsageError(f"adapter {adapter}: the base model is quantized; name the model it was quantized from")
-    wrapped = load_adapter(model, adapter, config, trainable=False)
-    changed = False
-    for name, layer in wrapped.named_modules():
-        if not isinstance(layer, LoraLayer):
-            continue
-        weight = layer.get_base_layer().weight
-        before = weight.data
-        weight.data = before.float()
-        try:
-            layer.merge(safe_merge=True)
-        except ValueError as error:
-            raise DataflexError(f"adapter {adapter} at {name}: {error}; train it again") from None
-        weight.data = weight.data.to(before.dtype)
-        changed = changed or not torch.equal(weight.data, before)
-    if not changed:
-        raise DataflexError(
-            f"adapter {adapter} changes nothing: every merged weight equals the base's; was it trained?"
-        )
-    return wrapped.unload()
-
-
-def adapter_folder(path: str | Path) -> Path:
-    """`path`, after checking that an adapter lies there."""
-    folder = Path(path)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise UsageError(f"adapter {path}: no {name}; name a folder that warmup, train or dynamic wrote")
-    return folder
-
-
-def check_adapter_fits(model: nn.Module, path: str | Path) -> None:
-    """Raise a UsageError unless every LoRA tensor in `path` has a layer of its shape in `model`."""
-    from safetensors import SafetensorError, safe_open
-
-    folder = adapter_folder(path)
-    modules = dict(model.named_modules())
-    try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
-                module_name, _, letter = (
-                    key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-                )
-                shape = tensors.get_slice(key).get_shape()
-                if not module_name:
-                    continue
-                layer = modules.get(module_name)
-                if layer is None or not hasattr(layer, "weight"):
-                    raise UsageError(
-                        f"adapter {path} does not fit the base model: it adapts {module_name}, which the model lacks"
-                    )
-                out_features, in_features = _features(layer)
-                needed, found = (in_features, shape[1]) if letter == "A" else (out_features, shape[0])
-                if needed != found:
-                    raise UsageError(
-                        f"adapter {path} does not fit the base model: {key} is {found} wide, "
-                        f"but {module_name} of the model is {needed}"
-                    )
-    except SafetensorError as error:
-        raise UsageError(f"adapter {path}/adapter_model.safetensors: not a whole safetensors file ({error})") from None
-
-
-def _features(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear layer, however it holds its weight: packed where quantized, turned in a Conv1D."""
-    if hasattr(layer, "out_features"):
-        return layer.out_features, layer.in_features
-    rows, columns = layer.weight.shape
-    return (columns, rows) if type(layer).__name__ == "Conv1D" else (rows, columns)
+    """The adapter in `path` on `model`; a UsageError where it was made for a model of other shapes."""
+    return put_on(model, read_adapter(path), trainable=trainable, autocast_adapter_dtype=not config.pure_bf16)
 
 
 def device() -> torch.device:

@@ -67,7 +67,7 @@ def test_the_merged_model_is_base_plus_adapter(config: RunConfig, tiny_model_dir
     assert (logits(base) - expected).abs().max() > 10 * tolerance
     assert {path.name for path in folder.iterdir()} == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-        "chat_template.jinja", "Modelfile",
+        "chat_template.jinja", "Modelfile", "README.md",
     }  # fmt: skip
     assert [path.name for path in folder.parent.glob(".*")] == []
     assert json.loads((folder / "config.json").read_text())["use_cache"] is True

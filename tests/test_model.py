@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.neftune import activate_neftune
 
 from dataflex import RunConfig, load_config, load_examples, train
+from dataflex.adapters import check_adapter_fits, fold, read_adapter
 from dataflex.data.examples import load_split
 from dataflex.errors import UsageError
 from dataflex.fingerprints import base_model_fingerprint
@@ -21,8 +22,6 @@ from dataflex.gradients.collect import checkpoint_capture
 from dataflex.lora import layout, linear_names, lora_pairs, lora_targets
 from dataflex.model import (
     add_lora,
-    check_adapter_fits,
-    fold,
     load_adapter,
     load_base_model,
     load_frozen_model,
@@ -302,7 +301,7 @@ class TestQuantization:
         model = load_base_model(config, torch.float32)
         model.is_quantized = True  # as transformers says of it
         with pytest.raises(UsageError, match="the base model is quantized"):
-            fold(model, make_adapter(config, tmp_path / "adapter"), config)
+            fold(model, read_adapter(make_adapter(config, tmp_path / "adapter")))
 
     def test_a_gguf_file(self, config: RunConfig, gguf_file: Path):
         with pytest.raises(UsageError, match=r"a \.gguf model is dequantized"):

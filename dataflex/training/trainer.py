@@ -21,11 +21,13 @@ from transformers.trainer_callback import PrinterCallback
 from dataflex import processes
 from dataflex.config import RunConfig
 from dataflex.data.batches import collate
+from dataflex.data.chat_formats import set_chat
 from dataflex.data.examples import Example
 from dataflex.environment import without_back_doors
 from dataflex.errors import DataflexError
 from dataflex.files import disk_errors_of
 from dataflex.lora import layout, lora_pairs
+from dataflex.model_card import SavedAdapters, describe_adapter
 from dataflex.progress import Interrupted, Progress, Task
 from dataflex.training.checkpoints import keep_newest, newest_sealed, seal, step_of, way_out
 from dataflex.training.method import TrainingMethod, method_of_accelerator, method_of_arguments
@@ -216,6 +218,7 @@ def fit(
     if step_of(checkpoint) >= args.max_steps:
         # no step is left; in the middle of an epoch, transformers would look for the end after one more
         steps_per_epoch = args.max_steps
+    set_chat(tokenizer, config.template)  # it is saved with each adapter
     with progress.task("training", args.max_steps, "steps") as task, without_back_doors():
         steps = Steps(task, save_at if config.save_strategy != "no" else ())
         trainer = RowTrainer(
@@ -224,7 +227,7 @@ def fit(
             data_collator=lambda rows: collate(rows, pad_token_id),
             eval_dataset=eval_examples if config.eval_strategy != "no" else None,
             processing_class=tokenizer,
-            callbacks=[live, checkpoints, steps, RunLog(task)],
+            callbacks=[live, SavedAdapters(config), checkpoints, steps, RunLog(task)],
             examples=examples,
             rows_of=rows_of,
             before_step=lambda step: before_step(step, lambda: live.moments(step)),
@@ -260,4 +263,6 @@ def fit(
         trainer.save_model()
         trainer.save_state()
         trainer.save_metrics("train", result.metrics)
+        if processes.rank() == 0:
+            describe_adapter(config, output_dir)
     return trainer.state.log_history

@@ -1,0 +1,463 @@
+"""LoRA adapters: read as they lie on disk, put on a base model, folded into it.
+
+PEFT places, computes and merges every kind of adapter. Added here: names and files as other trainers leave them,
+each refusal as one sentence, sums in float32, tied embeddings, vocabularies of another size.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from dataflex.errors import DataflexError, UsageError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."
+"""What PEFT puts before the name of a module of the base model."""
+
+UNMERGEABLE = {
+    "alora_invocation_tokens": "an activated LoRA changes only what follows its invocation tokens",
+    "arrow_config": "a router picks among several adapters for each token",
+    "layer_replication": "its layers share the weights of other layers",
+    "use_qalora": "its sums need the quantized base",
+}
+"""Keys of adapter_config.json that no merged model can express, and why."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory."""
+
+    path: str
+    config: LoraConfig
+    tensors: dict[str, torch.Tensor]
+    """By the names under which PEFT writes them."""
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """`path`, after checking that an adapter lies there."""
+    folder = Path(path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise UsageError(f"adapter {path}: no {CONFIG_FILE}; name a folder that warmup, train or dynamic wrote")
+    weights_file(folder)
+    return folder
+
+
+def weights_file(folder: str | Path) -> Path:
+    """The file with an adapter's tensors; safetensors where there are both."""
+    for name in WEIGHT_FILES:
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    raise UsageError(
+        f"adapter {folder}: no {' and no '.join(WEIGHT_FILES)}; name a folder that warmup, train or dynamic wrote"
+    )
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """The adapter in `path`, its names and its configuration as PEFT writes them.
+
+    Raises:
+        UsageError: if a file is missing or damaged, a tensor is empty or not finite, or PEFT cannot read the
+            configuration.
+    """
+    folder = adapter_folder(path)
+    return Adapter(str(path), _read_config(folder), _read_tensors(folder))
+
+
+def _read_config(folder: Path) -> LoraConfig:
+    from peft import LoraConfig
+
+    what = f"adapter {folder}: {CONFIG_FILE}"
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        raise UsageError(f"{what} is not JSON; copy the adapter again from where it was made") from None
+    if not isinstance(values, dict) or "peft_type" not in values:
+        raise UsageError(f"{what} does not say its peft_type; copy the adapter again from where it was made")
+    if values["peft_type"] != "LORA":
+        raise UsageError(
+            f"{what} says peft_type {values['peft_type']}, and LORA is the one that is read here; "
+            "merge it with PEFT where it was made and name the result as model_name_or_path"
+        )
+    if values.get("task_type") not in (None, "CAUSAL_LM"):
+        raise UsageError(
+            f"{what} says task_type {values['task_type']}, and CAUSAL_LM is the one that is read here; "
+            "name an adapter of a language model"
+        )
+    values.pop("runtime_config", None)  # how to run, not what the adapter is
+    unknown = {key: values.pop(key) for key in list(values) if key not in LoraConfig.__dataclass_fields__}
+    told = [key for key, value in unknown.items() if value not in (None, False, "", [], {})]
+    if told:
+        raise UsageError(
+            f"{what} sets {', '.join(told)}, which PEFT {version('peft')} does not know; "
+            "install a newer peft, or remove the key if the adapter does not need it"
+        )
+    for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
+        if isinstance(values.get(key), list):
+            values[key] = [_bare(str(name)) for name in values[key]]
+    if not _is_count(values.get("r", 8)) or not isinstance(values.get("lora_alpha", 8), int | float):
+        raise UsageError(f"{what}: r must be a whole number above 0 and lora_alpha a number; copy the adapter again")
+    try:
+        return LoraConfig(**{**values, "task_type": "CAUSAL_LM"})
+    except (TypeError, ValueError, KeyError, AttributeError, ImportError) as error:
+        raise UsageError(
+            f"{what} holds values that PEFT {version('peft')} does not take; copy the adapter again, "
+            "or save it with this version of PEFT"
+        ) from error
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    file = weights_file(folder)
+    what = f"adapter {folder}: {file.name}"
+    try:
+        if file.suffix == ".safetensors":
+            found = load_file(file)
+        else:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except UnpicklingError:
+        raise UsageError(
+            f"{what} holds more than tensors, and code from disk is not run; save it as {WEIGHT_FILES[0]} "
+            "where it was made"
+        ) from None
+    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError):
+        kind = "safetensors" if file.suffix == ".safetensors" else "torch"
+        raise UsageError(f"{what} is not a whole {kind} file; copy it again from where it was made") from None
+    if not isinstance(found, dict) or not found or not all(isinstance(value, torch.Tensor) for value in found.values()):
+        raise UsageError(f"{what} is not a table of named tensors; save the adapter with PEFT's save_pretrained")
+    tensors: dict[str, torch.Tensor] = {}
+    for key, tensor in found.items():
+        name = plain_name(key)
+        if name in tensors:
+            raise UsageError(f"{what} holds two adapters, for {key} is there twice; save one of them by itself")
+        if not tensor.numel() or (re.search(r"\.lora_[AB]\.weight$", name) and tensor.ndim < 2):
+            raise UsageError(
+                f"{what} holds {key} of shape {list(tensor.shape)}, a part of a tensor, as ZeRO-3 or FSDP leave it; "
+                "gather the weights where they were trained (DeepSpeed's zero_to_fp32.py does) and save them again"
+            )
+        if not torch.isfinite(tensor).all():
+            raise UsageError(f"adapter {folder} at {name}: not all of its numbers are finite; train it again")
+        tensors[name] = tensor
+    return tensors
+
+
+def plain_name(key: str) -> str:
+    """A tensor's name as PEFT writes it to disk, from one that wrappers and a live model's adapter name lengthened."""
+    name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", "", key).lstrip(".")
+    name = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", _bare(name))
+    return PREFIX + re.sub(r"(\.(?:lora|trainable_tokens)_\w+)\.default(?=\.|$)", r"\1", name)
+
+
+def _bare(name: str) -> str:
+    """A module's name in the base model, whatever wrapped that."""
+    return re.sub(rf"^(?:module\.|{re.escape(PREFIX)})+", "", name)
+
+
+def check_adapter_fits(model: PreTrainedModel, path: str | Path) -> None:
+    """Raise a UsageError unless the adapter in `path` can be put on a model like `model`, which stays as it is."""
+    adapter = read_adapter(path)
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # torch warns that a tensor without numbers takes none
+        put_on(type(model)(deepcopy(model.config)), adapter)
+
+
+def _misfit(adapter: Adapter, why: str) -> UsageError:
+    base = adapter.config.base_model_name_or_path
+    known = f", which {CONFIG_FILE} calls {base}" if base else ""
+    return UsageError(
+        f"adapter {adapter.path} does not fit the base model: {why}; name the base it was trained on{known}"
+    )
+
+
+def put_on(
+    model: PreTrainedModel, adapter: Adapter, *, trainable: bool = False, autocast_adapter_dtype: bool = True
+) -> PeftModel:
+    """PEFT's model of `adapter` on `model`, each tensor in its place; the vocabulary is resized to the adapter's.
+
+    Raises:
+        UsageError: if the adapter was made for a model of other layers or shapes.
+    """
+    from peft import PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+
+    _fit_vocabulary(model, adapter)
+    config = deepcopy(adapter.config)
+    config.inference_mode = not trainable
+    if model.device.type == "meta":
+        config.init_lora_weights = True  # other ways to begin need the base's numbers
+    try:
+        wrapped = PeftModelForCausalLM(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError, RuntimeError) as error:
+        targets = config.target_modules or config.target_parameters or config.modules_to_save
+        named = targets if isinstance(targets, str) else ", ".join(sorted(targets or []))
+        why = f"PEFT cannot adapt {named} of a {type(model).__name__}"
+        raise _misfit(adapter, why) from error
+    try:
+        result = set_peft_model_state_dict(wrapped, adapter.tensors)
+    except KeyError as error:
+        raise _misfit(adapter, f"it lacks {error.args[0]}, which its configuration names") from error
+    except (RuntimeError, ValueError) as error:
+        sizes = re.search(r"size mismatch for (\S+): .*?(\[[\d, ]*\]).*?(\[[\d, ]*\])", str(error), re.DOTALL)
+        why = "its tensors are of other shapes"
+        if sizes:
+            why = f"{plain_name(sizes[1])} is {sizes[2]}, but the model needs {sizes[3]}"
+        raise _misfit(adapter, why) from error
+    if result.unexpected_keys:
+        name = plain_name(result.unexpected_keys[0]).removeprefix(PREFIX)
+        raise _misfit(adapter, f"it adapts {name}, which the model lacks")
+    expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    missing = [name for key in result.missing_keys if (name := plain_name(key)) in expected]
+    if missing:
+        raise _misfit(adapter, f"it lacks {missing[0]}, which its configuration names")
+    if not trainable:
+        wrapped.eval()
+    return wrapped
+
+
+def _base_tensors(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
+    """The adapter's tensors that take the place of a parameter of `model`: their names, and that parameter."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in adapter.tensors:
+        parameter = parameters.get(name.removeprefix(PREFIX).replace(".base_layer.", "."))
+        if parameter is not None:
+            yield name, parameter
+
+
+def _same(parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
+    return parameter.shape == tensor.shape and torch.equal(parameter.data, tensor.to(parameter))
+
+
+def without_copies(model: nn.Module, adapter: Adapter) -> Adapter:
+    """`adapter` without the weights that PEFT saves beside a pair on the embedding or the output head and that are
+    `model`'s own: loaded after another adapter, they would undo it."""
+    saved = adapter.config.modules_to_save or []
+    copies = {
+        name
+        for name, parameter in _base_tensors(model, adapter)
+        if name.endswith(".weight")
+        and not any(part in saved for part in _endings(name))
+        and not parameter.is_meta
+        and _same(parameter, adapter.tensors[name])
+    }
+    return replace(adapter, tensors={name: value for name, value in adapter.tensors.items() if name not in copies})
+
+
+def _endings(name: str) -> Iterator[str]:
+    """The names by which a configuration may mean the module of a tensor: a.b.c and b.c and c."""
+    parts = name.removeprefix(PREFIX).split(".")[:-1]
+    return (".".join(parts[start:]) for start in range(len(parts)))
+
+
+# --- vocabularies -----------------------------------------------------------------------------
+
+
+def ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """The input embedding and the output head, as far as the model has one weight for each."""
+    found = []
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
+        try:
+            found.append(get())
+        except (NotImplementedError, AttributeError):
+            found.append(None)
+    return found[0], found[1]
+
+
+def _fit_vocabulary(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Give `model` as many embeddings as `adapter` was trained with, where it brings the rows that are new."""
+    embedding, head = ends(model)
+    if embedding is None:
+        return
+    rows = embedding.weight.shape[0]
+    names = {name: module for name, module in model.named_modules() if module is embedding or module is head}
+    wanted, brought = rows, []
+    for name, module in names.items():
+        whole = [f"{PREFIX}{name}{inner}.weight" for inner in ("", ".base_layer")]
+        axes = {**dict.fromkeys(whole, 0), f"{PREFIX}{name}.lora_embedding_A": 1, f"{PREFIX}{name}.lora_B.weight": 0}
+        sizes = [adapter.tensors[key].shape[axis] for key, axis in axes.items() if key in adapter.tensors]
+        wanted = next((size for size in sizes if size != rows), wanted)
+        if any(key in adapter.tensors for key in whole):
+            brought.append(module)
+    trained = adapter.config.trainable_token_indices or []
+    by_module = trained if isinstance(trained, dict) else {"": trained}
+    beyond = {index for indices in by_module.values() for index in indices if index >= rows}
+    if wanted == rows and beyond:
+        wanted = max(beyond) + 1
+        if len(beyond) == wanted - rows:  # each new row is one that was trained
+            brought += [
+                module
+                for name, module in names.items()
+                if any(name.endswith(key) for key in by_module if key) or (module is embedding and "" in by_module)
+            ]
+    if wanted == rows:
+        return
+    shared = head is not None and head.weight is embedding.weight
+    needed = [end for end in (embedding, head) if end is not None]
+    if not (brought if shared else all(any(end is module for module in brought) for end in needed)):
+        raise _misfit(
+            adapter,
+            f"it was trained with {wanted} embeddings, the model has {rows}, and it does not hold what the others are; "
+            "resize the base as for training and save it first",
+        )
+    model.resize_token_embeddings(wanted, mean_resizing=False)
+
+
+# --- folding ----------------------------------------------------------------------------------
+
+
+def fold(model: PreTrainedModel, adapter: Adapter, look: Callable[[PeftModel], None] | None = None) -> PreTrainedModel:
+    """`model` with one adapter folded in, each layer's sum taken in float32 and rounded to the layer's dtype.
+
+    Layer by layer, so that no more than one of them is held in float32 beside the model.
+
+    Args:
+        look: is shown base + adapter before anything is merged.
+
+    Raises:
+        UsageError: if the adapter does not fit the model, cannot be merged, or the model is quantized.
+        DataflexError: if no weight changed, or one is no longer finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    if getattr(model, "is_quantized", False):
+        raise UsageError(f"adapter {adapter.path}: the base model is quantized; name the model it was quantized from")
+    for key, why in UNMERGEABLE.items():
+        if getattr(adapter.config, key, None):
+            raise UsageError(f"adapter {adapter.path} cannot be merged: {key} is set, and {why}; serve it with PEFT")
+    changed = any(not _same(parameter, adapter.tensors[name]) for name, parameter in _base_tensors(model, adapter))
+    wrapped = put_on(model, adapter)
+    _check_mergeable(wrapped, adapter)
+    if look is not None:
+        look(wrapped)
+    _untie(wrapped)
+    _check_unshared(wrapped, adapter)
+    for name, layer in wrapped.named_modules():
+        if isinstance(layer, ModulesToSaveWrapper):
+            layer.modules_to_save.to(next(layer.original_module.parameters()).dtype)
+        if isinstance(layer, BaseTunerLayer):
+            changed = _merge_layer(layer, f"adapter {adapter.path} at {name.removeprefix(PREFIX)}") or changed
+    if not changed:
+        raise DataflexError(
+            f"adapter {adapter.path} changes nothing: every merged weight equals the base's; was it trained?"
+        )
+    merged = wrapped.unload()
+    _settle_tie(merged)
+    return merged
+
+
+def _merge_layer(layer: Any, what: str) -> bool:
+    """Merge one of PEFT's layers into its base layer in float32; whether that changed it."""
+    base = layer.get_base_layer()
+    before = {name: parameter.data for name, parameter in base.named_parameters(recurse=False)}
+    for parameter in base.parameters(recurse=False):
+        parameter.data = parameter.data.float()
+    try:
+        layer.merge(safe_merge=True)
+    except ValueError:
+        raise DataflexError(f"{what}: the merged weights are not all finite; train it again") from None
+    except (RuntimeError, NotImplementedError) as error:
+        raise UsageError(f"{what}: PEFT cannot merge this kind of layer; serve the adapter with PEFT") from error
+    changed = False
+    for name, value in before.items():
+        parameter = getattr(base, name)
+        parameter.data = parameter.data.to(value.dtype)
+        if not torch.isfinite(parameter.data).all():
+            raise DataflexError(f"{what}: the merged weights are not all finite in {value.dtype}; train it again")
+        changed = changed or not torch.equal(parameter.data, value)
+    return changed
+
+
+def _check_mergeable(wrapped: PeftModel, adapter: Adapter) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in wrapped.named_modules():
+        if not isinstance(layer, LoraLayer) or not any(layer.lora_bias.values()):
+            continue
+        if getattr(layer.get_base_layer(), "bias", None) is None:
+            raise UsageError(
+                f"adapter {adapter.path} at {name.removeprefix(PREFIX)}: it adds a bias (lora_bias) where the base has "
+                "none, which a merged model cannot hold; serve it with PEFT"
+            )
+
+
+def _staying(module: Any) -> Any:
+    """What a module that PEFT wrapped is once the adapter is unloaded."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        return _staying(module.modules_to_save["default"])
+    if isinstance(module, TrainableTokensWrapper):
+        return module.token_adapter.get_base_layer()
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _untie(wrapped: PeftModel) -> None:
+    """Give the output head a weight of its own where an adapter sits on it or on the embedding it shares with: a sum
+    into the one would change the other as well."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    embedding, head = ends(wrapped.get_base_model())
+    if not any(isinstance(end, BaseTunerLayer | TrainableTokensWrapper) for end in (embedding, head)):
+        return
+    if head is not None and _staying(head).weight is _staying(embedding).weight:
+        weight = _staying(head).weight
+        _staying(head).weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def _settle_tie(model: PreTrainedModel) -> None:
+    """Tie the output head to the embedding where both came out equal; let the configuration say what is so."""
+    embedding, head = ends(model)
+    said = getattr(model.config, "tie_word_embeddings", None)
+    if said is None or getattr(head, "weight", None) is None:
+        return
+    if said and head.weight is not embedding.weight and _same(head.weight, embedding.weight):
+        head.weight = embedding.weight
+    tied = head.weight is embedding.weight
+    if tied != said:
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = tied
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _check_unshared(wrapped: PeftModel, adapter: Adapter) -> None:
+    """Refuse sums into a weight that other layers share: they would change there too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    owners = Counter(
+        id(parameter)
+        for name, module in wrapped.named_modules()
+        if not name.endswith(".original_module")  # replaced when the adapter is unloaded
+        for parameter in module.parameters(recurse=False)
+    )
+    for name, layer in wrapped.named_modules():
+        if not isinstance(layer, BaseTunerLayer):
+            continue
+        if any(owners[id(parameter)] > 1 for parameter in layer.get_base_layer().parameters(recurse=False)):
+            raise UsageError(
+                f"adapter {adapter.path} at {name.removeprefix(PREFIX)}: other layers share this weight, and a merged "
+                "model would change them too; serve the adapter with PEFT"
+            )

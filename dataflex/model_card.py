@@ -1,0 +1,135 @@
+"""README.md beside an adapter and in a merged model: what it was made from, on which data, how."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from transformers import TrainerCallback
+
+from dataflex.config import RunConfig
+from dataflex.files import make_ordinary, write_text
+from dataflex.masking import masked
+from dataflex.provenance import FILE_NAME
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+CARD = "README.md"
+MADE_BY = "Made by dataflex"
+
+DATA = (
+    *("dataset", "eval_dataset", "val_size", "template", "cutoff_len", "max_samples", "train_on_prompt"),
+    *("mask_history", "enable_thinking"),
+)
+SELECTION = (
+    *("component_name", "selector", "warmup_step", "update_step", "update_times", "gradient_type", "adam_formula"),
+    *("projector", "proj_dim", "reduce", "accumulate"),
+)
+SETTINGS = (
+    *("lora_target", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "learning_rate", "lr_scheduler_type"),
+    *("warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "rows_per_step", "weight_decay"),
+    *("max_grad_norm", "bf16", "fp16", "pure_bf16", "quantization_bit", "neftune_noise_alpha", "seed"),
+)
+
+
+class SavedAdapters(TrainerCallback):
+    """Describes each checkpoint of a run as `describe_adapter` does."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            describe_adapter(self.config, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def describe_adapter(config: RunConfig, folder: Path) -> None:
+    """Put a model card in `folder`, where an adapter was saved, and let its files have the umask's mode."""
+    write_text(folder / CARD, adapter_card(config, folder))
+    make_ordinary(*(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")))
+
+
+def adapter_card(config: RunConfig, folder: Path) -> str:
+    """The model card of an adapter that a run with `config` saved in `folder`."""
+    base = config.model_name_or_path or ""
+    about = {"model_name_or_path": base, "model_revision": config.model_revision}
+    if config.folded_adapters:
+        about["adapters folded into it"] = ", ".join(config.folded_adapters)
+    if config.resumed_adapter:
+        about["adapter it goes on from"] = config.resumed_adapter
+    selection = "Every row of the data is trained on, in random order."
+    if _command(Path(config.output_dir or folder)) == "dynamic":
+        selection = "Rows were selected while it trained (selections/ says which).\n\n" + _listed(config, SELECTION)
+    return "\n".join(
+        [
+            _head(base, "peft", ["lora"]),
+            f"# {folder.resolve().name}\n",
+            f"A LoRA adapter. {MADE_BY} {version('dataflex')}.\n",
+            f"## Base\n\n{_lines(about)}\n",
+            f"## Data\n\n{_listed(config, DATA)}\n",
+            f"## Selection\n\n{selection}\n",
+            f"## Settings\n\n{_listed(config, SETTINGS)}\n",
+        ]
+    )
+
+
+def merged_card(config: RunConfig, difference: str) -> str:
+    """The model card of `config`'s base model with its adapters merged in; `difference` is what was checked."""
+    base = config.model_name_or_path or ""
+    adapters = config.adapter_name_or_path or []
+    about = {"model_name_or_path": base, "adapters, in order": ", ".join(adapters), "template": config.template}
+    parts = [
+        _head(base, "transformers", []),
+        f"# {Path(config.export_dir or '').name}\n",
+        f"A base model with LoRA adapters merged in. {MADE_BY} {version('dataflex')}.\n",
+        f"## Base\n\n{_lines(about)}\n",
+        f"## Check\n\nRead back after writing, its {difference}.\n",
+    ]
+    return "\n".join(parts + [_quoted(Path(adapter)) for adapter in adapters])
+
+
+def _quoted(adapter: Path) -> str:
+    """An adapter's own card, where dataflex wrote one, a heading deeper."""
+    card = adapter / CARD
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if MADE_BY not in text:
+        return f"## Adapter {adapter}\n\nIt brought no card that says its data and settings.\n"
+    body = text[text.index(MADE_BY) :].partition("\n")[2].lstrip()
+    return f"## Adapter {adapter}\n\n" + body.replace("\n## ", "\n### ").replace("## ", "### ", 1)
+
+
+def _head(base: str, library: str, tags: list[str]) -> str:
+    """What the hub reads."""
+    facts = {
+        "base_model": base,
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": [*tags, "dataflex"],
+    }
+    return f"---\n{yaml.safe_dump(facts, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def _listed(config: RunConfig, keys: tuple[str, ...]) -> str:
+    return _lines({key: getattr(config, key) for key in keys})
+
+
+def _lines(facts: dict[str, Any]) -> str:
+    """A line for each fact that says something."""
+    known = {key: value for key, value in masked(facts).items() if value not in (None, "")}
+    return "\n".join(f"- {key}: {_text(value)}" for key, value in known.items())
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _command(output_dir: Path) -> str | None:
+    """The command whose run is under way in `output_dir`."""
+    try:
+        return json.loads((output_dir / FILE_NAME).read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

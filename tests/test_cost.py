@@ -19,6 +19,7 @@ from dataflex.cost import (
     training_memory,
 )
 from dataflex.gradients.capture import adapter_values, make_capture, row_gradients, undisturbed
+from dataflex.gradients.loss import chunked_losses
 
 LLAMA_8B = Shape(8_030_000_000, 42_000_000, 32, 4096, 14336, vocabulary=128_256, itemsize=2)
 
@@ -82,7 +83,7 @@ def test_the_arithmetic_is_what_torch_counts(tied):
             labels.clamp(0),
             labels,
             lambda slot, gradient: taken.append(slot),
-            plain_head=True,
+            position_losses=chunked_losses,
         )
     assert len(taken) == len(capture.slots)
     products = {op: n for op, n in counted.get_flop_counts()["Global"].items() if "attention" not in str(op)}

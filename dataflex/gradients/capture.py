@@ -28,7 +28,7 @@ from dataflex.cost import free_memory, shape_of, token_budget_for
 from dataflex.data.batches import collate
 from dataflex.data.examples import Example
 from dataflex.errors import UsageError
-from dataflex.gradients.loss import RowLosses, has_plain_head, row_losses
+from dataflex.gradients.loss import PositionLosses, RowLosses, position_losses_of, row_losses, whole_losses
 from dataflex.lora import LoraPair, Slot, full_value, layout, lora_pairs
 from dataflex.model import device
 
@@ -89,12 +89,10 @@ class Capture:
         return hasattr(self.slots[0].parameter, "ds_id")
 
     @functools.cached_property
-    def plain_head(self) -> bool:
-        """Whether the loss may be taken from the output head's input, in chunks."""
-        if self.shared_weights:
-            return False
+    def position_losses(self) -> PositionLosses:
+        """How the loss is taken from the model's output head."""
         with undisturbed(self.model), self.autocast():
-            return has_plain_head(self.model, self.device)
+            return position_losses_of(self.model, self.device, may_run=not self.shared_weights)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.dtype == torch.float32:
@@ -144,8 +142,8 @@ def row_gradients(
     labels: torch.Tensor,
     on_gradient: OnGradient,
     *,
+    position_losses: PositionLosses = whole_losses,
     fused: bool = True,
-    plain_head: bool = False,
 ) -> RowLosses:
     """Hand every row's gradient of every LoRA tensor to `on_gradient`, pair by pair, as backward meets them.
 
@@ -169,7 +167,7 @@ def row_gradients(
             watch = _Watch(pair, *values[index], slots[2 * index], slots[2 * index + 1], len(labels), once)
             watched.enter_context(_fused(watch) if fused and can_fuse(pair) else _hooked(watch))
         with torch.enable_grad():
-            losses = row_losses(model, input_ids, labels, plain_head)
+            losses = row_losses(model, input_ids, labels, position_losses)
             losses.loss.sum().backward()
     for slot in waiting.values():
         on_gradient(slot, torch.zeros(len(labels), slot.size, device=labels.device))

@@ -22,9 +22,9 @@ from dataflex.lora import Slot
 from dataflex.progress import SILENT, Progress
 from dataflex.projection.protocol import Projector
 
-# Neither the projected rows of one batch nor a tensor's gradients of all its rows take more than so many numbers
-# (1 GiB of float32).
-MAX_BATCH_NUMBERS = 1 << 28
+# The most float32 values that the projected rows of a batch take, and that a tensor's gradients of all its rows take:
+# 1 GiB.
+MAX_BATCH_FLOATS = 1 << 28
 MAX_NAMED = 8
 
 
@@ -44,7 +44,7 @@ def batches_of(capture: Capture, examples: Sequence[Example], dim: int) -> list[
     """Indices into `examples`, batch by batch: a function of the rows, the adapter's sizes, the token budget and
     `dim`, the width of what is kept of a row, alone."""
     # what a row takes beside its tokens: its image, and the gradient of the largest tensor with Γ's temporaries
-    most_rows = max(1, MAX_BATCH_NUMBERS // max(dim, 4 * max(slot.size for slot in capture.slots)))
+    most_rows = max(1, MAX_BATCH_FLOATS // max(dim, 4 * max(slot.size for slot in capture.slots)))
     batches = token_batches([len(example.input_ids) for example in examples], capture.token_budget)
     return [batch[start : start + most_rows] for batch in batches for start in range(0, len(batch), most_rows)]
 
@@ -160,7 +160,7 @@ def _project_batch(
             *capture.inputs(rows),
             on_gradient,
             fused=capture.fused,
-            plain_head=capture.plain_head,
+            position_losses=capture.position_losses,
         )
     return vectors, losses.loss
 
@@ -197,7 +197,7 @@ def mean_loss(
             if batch is not None or capture.shared_weights:
                 inputs = capture.inputs([examples[index] for index in batch or batches[-1][:1]])
                 with undisturbed(capture.model), capture.autocast(), torch.no_grad():
-                    losses = row_losses(capture.model, *inputs, capture.plain_head)
+                    losses = row_losses(capture.model, *inputs, capture.position_losses)
                 if batch is not None:
                     total += losses.loss.sum().item()
             together = batches[turn * processes.size() : (turn + 1) * processes.size()]

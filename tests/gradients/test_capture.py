@@ -12,7 +12,7 @@ import torch
 from dataflex.data.batches import collate
 from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients.capture import adapter_values, can_fuse, make_capture, row_gradients, undisturbed
-from dataflex.gradients.loss import row_losses
+from dataflex.gradients.loss import row_losses, whole_losses
 from dataflex.gradients.passes import mean_loss, project_rows
 from dataflex.lora import layout, lora_pairs
 from dataflex.projection.identity import Identity
@@ -198,7 +198,7 @@ def test_float16_is_refused(lora_model):
 def test_row_losses_match_without_lora(lora_model, rows):
     batch = collate(rows, pad_token_id=0)
     with undisturbed(lora_model), torch.no_grad():
-        losses = row_losses(lora_model, batch["input_ids"], batch["labels"])
+        losses = row_losses(lora_model, batch["input_ids"], batch["labels"], whole_losses)
     assert losses.tokens.tolist() == [50, 1, 3, 40, 32]  # the first token of a row is never predicted
 
 

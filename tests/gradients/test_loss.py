@@ -18,7 +18,13 @@ from transformers import (
 
 from dataflex.data.batches import collate
 from dataflex.gradients import loss
-from dataflex.gradients.loss import has_plain_head, row_losses
+from dataflex.gradients.loss import (
+    chunked_losses,
+    position_losses_of,
+    row_losses,
+    supervised_losses,
+    whole_losses,
+)
 
 SIZES = {
     "hidden_size": 32,
@@ -48,24 +54,37 @@ def make(name: str) -> tuple[nn.Module, bool]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_head_with_more_to_it_is_told_apart(name, dtype):
     model, plain = make(name)
-    assert has_plain_head(model.to(dtype), torch.device("cpu")) is plain
+    wanted = chunked_losses if plain else supervised_losses
+    assert position_losses_of(model.to(dtype), torch.device("cpu")) is wanted
 
 
 def test_a_head_with_an_adapter_is_told_apart():
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(make("llama")[0], LoraConfig(target_modules=["lm_head"], r=2, task_type="CAUSAL_LM"))
-    assert not has_plain_head(adapted, torch.device("cpu"))
+    assert position_losses_of(adapted, torch.device("cpu")) is whole_losses
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("positions", "numbers"), [(1, 1 << 27), (7, 1 << 27), (10**6, 10**12), (10**6, 10**5)])
-def test_each_row_has_the_loss_and_the_gradient_of_whole_logits(name, positions, numbers, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("path", "positions", "floats"),
+    [
+        (chunked_losses, 1, 1 << 27),
+        (chunked_losses, 7, 1 << 27),
+        (chunked_losses, 10**6, 10**12),
+        (chunked_losses, 10**6, 10**5),
+        (supervised_losses, 1, 1),
+        (whole_losses, 1, 1),
+    ],
+)
+def test_each_row_has_the_loss_and_the_gradient_of_whole_logits(name, path, positions, floats, rows, monkeypatch):
     monkeypatch.setitem(loss.CHUNK_TOKENS, "cpu", positions)
-    monkeypatch.setattr(loss, "CHUNK_NUMBERS", numbers)
+    monkeypatch.setattr(loss, "MAX_FLOATS", floats)
     model, plain = make(name)
+    if path is chunked_losses and not plain:
+        path = position_losses_of(model, torch.device("cpu"))
     batch = collate(rows, pad_token_id=0)
-    found = row_losses(model, batch["input_ids"], batch["labels"], plain)
+    found = row_losses(model, batch["input_ids"], batch["labels"], path)
     weights = torch.arange(1.0, len(rows) + 1)  # every row's gradient is scaled by its own
     (gradient,) = torch.autograd.grad((found.loss * weights).sum(), model.model.norm.weight)
     wanted = torch.zeros_like(gradient)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +12,36 @@ from torch import nn
 
 from dataflex.errors import UsageError
 
-OUTPUT_HEADS = {"chatglm": ("lm_head", "output_layer"), "internlm2": ("lm_head", "output")}
+OUTPUT_HEADS = {"chatglm": ("lm_head", "output_layer"), "internlm2": ("lm_head", "output"), "rwkv": ("head",)}
 """What the output head is called where it is not `lm_head` alone, by model type."""
+
+PLAIN_LAYERS = (
+    "Linear",
+    "Linear8bitLt",
+    "Linear4bit",
+    "AqlmLoraLinear",
+    "AwqLoraLinear",
+    "EetqLoraLinear",
+    "GPTQLoraLinear",
+    "HqqLoraLinear",
+    "IncLoraLinear",
+    "TorchaoLoraLinear",
+)
+"""PEFT's layers that compute y = Wx + scaling · B(Ax), whatever holds W."""
+
+FEATURES = {
+    "modules_to_save": "modules_to_save",
+    "trainable_tokens": "trainable_token_indices",
+    "lora_embedding": "an adapter on an embedding",
+    "lora_magnitude_vector": "DoRA",
+    ".bias": "bias",
+}
+"""Settings of PEFT that train more than pairs, by a part of the trained tensors' names."""
+
+PLAIN_PAIRS_ONLY = (
+    "gradients of single rows need plain LoRA pairs on linear layers, so train a new adapter with lora_target, "
+    "or merge this one into the model first"
+)
 
 
 @dataclass(frozen=True)
@@ -40,19 +71,24 @@ class Slot:
 
 
 def linear_names(model: nn.Module) -> list[str]:
-    """What `lora_target: all` means: the last name component of every linear layer but the output head.
+    """What `lora_target: all` looks at: the last name component of every linear layer but the output head.
 
-    LLaMA-Factory's choice. Where transformers holds a mixture's experts as one tensor, they are no linear layers.
+    LLaMA-Factory's choice, and GPT-2's Conv1D layers, which are linear layers with a transposed weight. Where
+    transformers holds a mixture's experts as one tensor, they are no linear layers.
     """
     heads = OUTPUT_HEADS.get(getattr(getattr(model, "config", None), "model_type", None), ("lm_head",))
     names = {
         name.rpartition(".")[2]
         for name, module in text_modules(model)
-        if "Linear" in type(module).__name__
-        and "Embedding" not in type(module).__name__
-        and not any(head in name for head in heads)
+        if _is_linear(module) and not any(head in name for head in heads)
     }
-    return sorted(names)
+    return sorted(name for name in names if not name.isdigit())  # PEFT would match whole layers by a number
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """True for every kind of linear layer: plain, quantized or transposed."""
+    kind = type(module).__name__
+    return ("Linear" in kind and "Embedding" not in kind) or kind == "Conv1D"
 
 
 def has_other_senses(model: nn.Module) -> bool:
@@ -73,21 +109,117 @@ def text_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def lora_targets(model: nn.Module, wanted: list[str]) -> list[str]:
     """Names of the modules that get a pair when `lora_target` is `wanted`, as PEFT takes them.
 
+    `all` leaves out a mixture's fused experts, and the names that PEFT would take for them; a warning says so.
+
     Raises:
-        UsageError: if a name matches no module, or `all` finds none.
+        UsageError: if a name matches no module, or one whose rows' gradients cannot be taken; if `all` finds no linear
+            layer, or one that a state-space layer uses without calling it.
     """
-    linear = linear_names(model)
-    if wanted == ["all"] and not linear:
-        raise UsageError(f"lora_target: all finds no linear layer in {type(model).__name__}; name modules by comma")
-    targets = linear if wanted == ["all"] else wanted
+    kind, linear = type(model).__name__, linear_names(model)
+    bypassed = _bypassed_names(model)
+    experts = _expert_names(model, linear if wanted == ["all"] else wanted)
+    usable = [name for name in linear if name not in bypassed and name not in experts]
+    way_out = f"linear layers are {', '.join(usable) or 'none'}"
+    if wanted == ["all"]:
+        if not usable:
+            raise UsageError(f"lora_target: all finds no linear layer in {kind}; name modules by comma")
+        if bypassed & set(linear):
+            raise UsageError(
+                f"lora_target: all does not fit {kind}, whose state-space layers use "
+                f"{', '.join(sorted(bypassed & set(linear)))} without calling them; name modules, for instance "
+                f"lora_target={','.join(usable)}"
+            )
+        _warn_of_experts(model, experts)
+        targets = usable
+    else:
+        targets = wanted
+        for target in targets:
+            if target in experts:
+                raise UsageError(
+                    f"lora_target: PEFT takes {target} for the experts of a {model.config.model_type}, which are one "
+                    f"tensor and not linear layers; {way_out}"
+                )
     modules = text_modules(model)
     for target in targets:
-        if not any(_is_called(name, target) for name, _ in modules):
-            raise UsageError(f"lora_target: the model has no module {target!r}; linear layers are {', '.join(linear)}")
+        called = [module for name, module in modules if _is_called(name, target)]
+        if not called:
+            raise UsageError(f"lora_target: the model has no module {target!r}; {way_out}")
+        others = {type(module).__name__ for module in called if not _is_linear(module)}
+        if others:
+            raise UsageError(f"lora_target: {target!r} is no linear layer but {', '.join(sorted(others))}; {way_out}")
+        if target.rpartition(".")[2] in bypassed:
+            raise UsageError(f"lora_target: a state-space layer uses {target} without calling it; {way_out}")
     if not has_other_senses(model):
         return targets
     # a short name would match in the other senses' towers as well
     return [name for name, _ in modules if any(_is_called(name, target) for target in targets)]
+
+
+@contextlib.contextmanager
+def peft_errors(model: nn.Module, targets: list[str]) -> Iterator[None]:
+    """Turn what PEFT raises on adapting `targets` of `model` into a UsageError."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"lora_target: PEFT cannot adapt {', '.join(targets)} of {type(model).__name__}: {reason.rstrip('.')}; "
+            f"linear layers are {', '.join(linear_names(model))}"
+        ) from error
+
+
+def _warn_of_experts(model: nn.Module, taken: set[str]) -> None:
+    """Say what `lora_target: all` does not adapt in a mixture of experts, if anything."""
+    fused = {
+        name.removesuffix(".weight").rpartition(".")[2]
+        for name, weight in model.named_parameters()
+        if _is_fused(name, weight)
+    }
+    reasons = []
+    if fused:
+        reasons.append(f"{', '.join(sorted(fused))}: all experts are one tensor, not linear layers")
+    if taken:
+        reasons.append(f"{', '.join(sorted(taken))}: PEFT takes the name for the experts'")
+    if reasons:
+        warnings.warn(f"lora_target: all leaves out {'; '.join(reasons)}", stacklevel=3)
+
+
+def _is_fused(name: str, weight: torch.Tensor) -> bool:
+    """True for a tensor [experts, in, out] of all experts' weights."""
+    return weight.dim() == 3 and "experts" in name
+
+
+def _bypassed_names(model: nn.Module) -> set[str]:
+    """Names of linear layers whose weight a state-space layer's fast kernel reads, so that an adapter on them may have
+    no part in a forward pass."""
+    names = set()
+    for _, module in text_modules(model):
+        parts = dict(module.named_children())
+        if hasattr(module, "A_log") and hasattr(module, "D") and "conv1d" in parts:
+            names |= {"conv1d", "dt_proj", "out_proj", "x_proj"} & parts.keys()
+    return names
+
+
+def _expert_names(model: nn.Module, names: list[str]) -> set[str]:
+    """Those of `names` that PEFT would not look up among the modules of `model`: it takes them for names that
+    transformers 4 gave to a mixture's experts."""
+    from peft import LoraConfig
+
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # a PEFT without such a conversion
+        return set()
+    taken = set()
+    for name in names:
+        config = LoraConfig(target_modules=[name])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:  # of two fused tensors only one is named
+            taken.add(name)
+            continue
+        if name not in config.target_modules:
+            taken.add(name)
+    return taken
 
 
 def _is_called(name: str, target: str) -> bool:
@@ -98,7 +230,7 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
     """The LoRA pairs of `model`'s active adapter, in module order.
 
     Raises:
-        UsageError: where trainable adapter weights are not plain LoRA pairs on linear layers.
+        UsageError: where the model has anything trainable beside plain LoRA pairs on linear layers.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -107,10 +239,9 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
         if not isinstance(module, LoraLayer):
             continue
         for adapter in module.active_adapters:
-            if adapter not in module.lora_A:
-                raise UsageError(f"adapter at {name}: not a LoRA pair on a linear layer; per-row gradients need that")
-            if module.use_dora.get(adapter) or module.lora_bias.get(adapter):
-                raise UsageError(f"adapter at {name}: DoRA or a LoRA bias; per-row gradients need plain LoRA pairs")
+            reason = _why_not_plain(module, adapter)
+            if reason:
+                raise UsageError(f"adapter at {name}: {reason}; {PLAIN_PAIRS_ONLY}")
             pairs.append(
                 LoraPair(
                     name=name,
@@ -124,7 +255,42 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
         raise UsageError("the model has no LoRA adapter")
     if len({pair.name for pair in pairs}) < len(pairs):
         raise UsageError("several adapters are active at once; merge all but one first")
+    plain = {id(weight) for pair in pairs for weight in (pair.weight_a, pair.weight_b)}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in plain:
+            raise UsageError(f"adapter: {name} is trained and {_feature(name)}; {PLAIN_PAIRS_ONLY}")
     return pairs
+
+
+def _why_not_plain(module: nn.Module, adapter: str) -> str | None:
+    """What makes a LoRA layer something else than y = Wx + scaling · B(Ax); None where it is that."""
+    if type(module).__name__ not in PLAIN_LAYERS or not _is_linear(module.get_base_layer()):
+        on = type(module.get_base_layer()).__name__
+        return f"{type(module).__name__} on {on} is no LoRA pair on a linear layer"
+    if adapter not in module.lora_A:
+        return "it has no LoRA pair"
+    variant = getattr(module, "lora_variant", {}).get(adapter)
+    if variant is not None or module.use_dora.get(adapter):
+        return f"{type(variant).__name__.removesuffix('LinearVariant') or 'Dora'} is a variant of LoRA"
+    if module.lora_bias.get(adapter):
+        return "its B has a bias (lora_bias)"
+    return None
+
+
+def _feature(name: str) -> str:
+    """What a trained tensor that is no A or B belongs to."""
+    for part, feature in FEATURES.items():
+        if part in name:
+            return f"belongs to {feature}"
+    return "is no A or B of a LoRA pair"
+
+
+def has_transposed(model: nn.Module, targets: list[str]) -> bool:
+    """True where `targets` of `model` hold their weight as [in, out], as GPT-2's Conv1D layers do."""
+    return any(
+        type(module).__name__ == "Conv1D" and any(_is_called(name, target) for target in targets)
+        for name, module in model.named_modules()
+    )
 
 
 def layout(pairs: list[LoraPair]) -> list[Slot]:

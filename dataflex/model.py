@@ -13,7 +13,7 @@ from dataflex.adapters import check_adapter_fits, fold, put_on, read_adapter, wi
 from dataflex.config import RunConfig, require
 from dataflex.environment import local_rank
 from dataflex.errors import UsageError
-from dataflex.lora import lora_targets
+from dataflex.lora import has_transposed, lora_targets, peft_errors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -168,15 +168,18 @@ def add_lora(model: PreTrainedModel, config: RunConfig) -> PeftModel:
     from transformers import set_seed
 
     set_seed(config.seed)
+    targets = lora_targets(model, config.lora_target)
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
-        target_modules=lora_targets(model, config.lora_target),
+        target_modules=targets,
+        fan_in_fan_out=has_transposed(model, targets),
     )
-    return get_peft_model(model, lora, autocast_adapter_dtype=not config.pure_bf16)
+    with peft_errors(model, targets):
+        return get_peft_model(model, lora, autocast_adapter_dtype=not config.pure_bf16)
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path, config: RunConfig, trainable: bool = True) -> PeftModel:

@@ -36,12 +36,75 @@ OnGradient = Callable[[Slot, torch.Tensor], None]
 """(slot, gradient [rows, slot.size] float32), called once for each slot during the backward pass."""
 
 
+class TokensMixed(UsageError):
+    """A layer is given the tokens of all rows in an order of its own, so that its rows cannot be told apart."""
+
+
+class ForwardState:
+    """What a forward pass may leave behind in a model: buffers, and plain values of the modules that hold them.
+
+    A rotary embedding whose frequencies follow the longest row seen so far keeps them in a buffer.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parts = [
+            (module, {name: _Buffer(tensor) for name, tensor in buffers.items()}, _plain_values(module))
+            for module in model.modules()
+            if (buffers := {name: tensor for name, tensor in module._buffers.items() if tensor is not None})
+        ]
+
+    def restore(self) -> None:
+        """Put back what has changed since; where the model has moved to another device or dtype, there."""
+        for module, buffers, values in self.parts:
+            vars(module).update(values)
+            for name, buffer in buffers.items():
+                module._buffers[name] = buffer.restored(module._buffers[name])
+
+    def is_like(self, other: ForwardState) -> bool:
+        """Whether both have the same in their buffers; buffers that grew, as a table of masks, are not compared."""
+        return all(
+            torch.equal(mine[name].copy, theirs[name].copy)
+            for (_, mine, _), (_, theirs, _) in zip(self.parts, other.parts, strict=True)
+            for name in mine.keys() & theirs.keys()
+            if mine[name].is_copied and mine[name].copy.shape == theirs[name].copy.shape
+        )
+
+
+class _Buffer:
+    """A buffer and, unless it is large as a quantized weight is, a copy of its contents."""
+
+    MAX_COPIED = 1 << 20
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
+        self.is_copied = tensor.numel() <= self.MAX_COPIED
+        self.copy = tensor.clone() if self.is_copied else tensor
+
+    def restored(self, now: torch.Tensor) -> torch.Tensor:
+        if (now.device, now.dtype) != (self.tensor.device, self.tensor.dtype):
+            return self.copy.to(now) if self.is_copied else now
+        if self.is_copied and self.tensor._version != self.version:
+            self.tensor.copy_(self.copy)
+            self.version = self.tensor._version
+        return self.tensor
+
+
+def _plain_values(module: nn.Module) -> dict[str, Any]:
+    kept = (bool, int, float, str, torch.Tensor, type(None))
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name != "training" and not name.startswith("_") and isinstance(value, kept)
+    }
+
+
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a block with dropout off and all parameters frozen, and leave `model` as it was found:
-    modes, requires_grad, gradients and random-number states, also when the block raises."""
+    """Run a block with dropout off and all parameters frozen, and leave `model` as it was found: modes,
+    requires_grad, gradients, buffers and random-number states, also when the block raises."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    state = ForwardState(model)
     cpu_state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     try:
@@ -54,6 +117,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+        state.restore()
         torch.set_rng_state(cpu_state)
         if cuda_states:
             torch.cuda.set_rng_state_all(cuda_states)
@@ -70,6 +134,8 @@ class Capture:
     """Of the matrix products; below float32 they run under autocast, as in training."""
     pad_token_id: int
     token_budget: int
+    state: ForwardState
+    """As the model was loaded: every batch starts from it, whatever ran before."""
     fused: bool = True
     """Run adapted layers as one function each where that can be: faster, and the same numbers but for rounding."""
 
@@ -91,13 +157,20 @@ class Capture:
     @functools.cached_property
     def position_losses(self) -> PositionLosses:
         """How the loss is taken from the model's output head."""
-        with undisturbed(self.model), self.autocast():
+        with self.running():
             return position_losses_of(self.model, self.device, may_run=not self.shared_weights)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Run a block over one batch: in the state the model was loaded in, and leaving it as it was found."""
+        with undisturbed(self.model), self.autocast():
+            self.state.restore()
+            yield
 
     def inputs(self, rows: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
         """input_ids and labels, [rows, T] on the device of the model."""
@@ -117,7 +190,8 @@ def make_capture(model: nn.Module, dtype: torch.dtype, pad_token_id: int, token_
         raise UsageError("fp16: gradients of single rows underflow in float16; use bf16=true, or neither")
     pairs = lora_pairs(model)
     slots = layout(pairs)
-    return Capture(model, pairs, slots, dtype, pad_token_id, token_budget or _fitting_budget(model, slots, dtype))
+    budget = token_budget or _fitting_budget(model, slots, dtype)
+    return Capture(model, pairs, slots, dtype, pad_token_id, budget, ForwardState(model))
 
 
 def _fitting_budget(model: nn.Module, slots: list[Slot], dtype: torch.dtype) -> int:
@@ -149,28 +223,25 @@ def row_gradients(
 
     Run it inside `undisturbed`. `slots` is `layout(pairs)`, `values` is `adapter_values(pairs)`; `fused` takes the
     layers that `can_fuse` as one function each, not as training runs them; the rest are the arguments of
-    `row_losses`. A layer that took no part in the pass (an expert no token was sent to) has gradient zero.
+    `row_losses`. A layer that took no part in the pass (an expert no token was sent to) has gradient zero. A layer
+    that is used more than once has the sum.
 
     Raises:
-        UsageError: if a layer is used twice in one pass, so that its gradients would arrive in parts, or is given
-            tokens without their rows.
+        TokensMixed: if a layer is given tokens without their rows.
     """
-    waiting = {slot.name: slot for slot in slots}
-
-    def once(slot: Slot, gradient: torch.Tensor) -> None:
-        if waiting.pop(slot.name, None) is None:
-            raise UsageError(f"{slot.name} is used more than once in a forward pass; its rows cannot be told apart")
-        on_gradient(slot, gradient)
-
+    rows, length = labels.shape
+    watches = [
+        _Watch(pair, *values[index], slots[2 * index], slots[2 * index + 1], rows, length, on_gradient)
+        for index, pair in enumerate(pairs)
+    ]
     with contextlib.ExitStack() as watched:
-        for index, pair in enumerate(pairs):
-            watch = _Watch(pair, *values[index], slots[2 * index], slots[2 * index + 1], len(labels), once)
-            watched.enter_context(_fused(watch) if fused and can_fuse(pair) else _hooked(watch))
+        for watch in watches:
+            watched.enter_context(_fused(watch) if fused and can_fuse(watch.pair) else _hooked(watch))
         with torch.enable_grad():
             losses = row_losses(model, input_ids, labels, position_losses)
             losses.loss.sum().backward()
-    for slot in waiting.values():
-        on_gradient(slot, torch.zeros(len(labels), slot.size, device=labels.device))
+    for watch in watches:
+        watch.finish(labels.device)
     return RowLosses(losses.loss.detach(), losses.tokens)
 
 
@@ -188,7 +259,7 @@ def can_fuse(pair: LoraPair) -> bool:
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Watch:
     """One pair of one pass."""
 
@@ -200,20 +271,57 @@ class _Watch:
     slot_a: Slot
     slot_b: Slot
     rows: int
+    length: int
+    """T, the tokens of a padded row."""
     on_gradient: OnGradient
+    uses: int = 0
+    """How often the forward pass ran the layer, and the backward pass has not come back to it."""
+    sums: tuple[torch.Tensor, torch.Tensor] | None = None
+    """What has come back so far of a layer that is used more than once: [rows, r·in] and [rows, out·r] float32."""
+    done: bool = False
 
     def gradients(self, x: torch.Tensor, x_a: torch.Tensor, delta: torch.Tensor, delta_b: torch.Tensor) -> None:
-        """Hand on both tensors' gradients: from x [rows, T, in], xAᵀ [rows, T, r], δ [rows, T, out] and s·δB
-        [rows, T, r]."""
-        if x.dim() != 3 or len(x) != self.rows:
-            raise UsageError(
-                f"{self.pair.name} is given tokens of all rows at once, {list(x.shape)}, not row by row, so their "
-                "gradients cannot be told apart; take it out of lora_target"
-            )
-        gradient_a = torch.bmm(delta_b.transpose(1, 2), x).float()  # [rows, r, in]
-        self.on_gradient(self.slot_a, gradient_a.flatten(1))
-        gradient_b = torch.bmm(delta.transpose(1, 2), x_a).float()  # [rows, out, r]
-        self.on_gradient(self.slot_b, gradient_b.mul_(self.pair.scaling).flatten(1))
+        """Take one use's share of both tensors' gradients: from x [rows, T, in], xAᵀ [rows, T, r], δ [rows, T, out]
+        and s·δB [rows, T, r]. The last use hands the sums on."""
+        x, x_a, delta, delta_b = map(self._by_row, (x, x_a, delta, delta_b))
+        self.uses -= 1
+        if self.uses == 0 and self.sums is None:  # one at a time, so that only one need be held
+            self.done = True
+            self.on_gradient(self.slot_a, _summed_products(delta_b, x))
+            self.on_gradient(self.slot_b, _summed_products(delta, x_a).mul_(self.pair.scaling))
+            return
+        shares = _summed_products(delta_b, x), _summed_products(delta, x_a).mul_(self.pair.scaling)
+        self.sums = shares if self.sums is None else (self.sums[0] + shares[0], self.sums[1] + shares[1])
+        if self.uses == 0:
+            self.finish(x.device)
+
+    def finish(self, device: torch.device) -> None:
+        """Hand on what has come back, zero where nothing has, unless it is handed on already."""
+        if self.done:
+            return
+        self.done = True
+        slots = (self.slot_a, self.slot_b)
+        for slot, gradient in zip(slots, self.sums or (None, None), strict=True):
+            self.on_gradient(slot, torch.zeros(self.rows, slot.size, device=device) if gradient is None else gradient)
+        self.sums = None
+
+    def _by_row(self, tokens: torch.Tensor) -> torch.Tensor:
+        """What a layer is given or gives, as [rows, tokens, features]."""
+        if tokens.dim() >= 3 and len(tokens) == self.rows:
+            return tokens.flatten(1, -2)
+        if self.rows == 1:
+            return tokens.reshape(1, -1, tokens.shape[-1])
+        if tokens.dim() == 2 and len(tokens) == self.rows * self.length:
+            return tokens.unflatten(0, (self.rows, self.length))
+        raise TokensMixed(
+            f"{self.pair.name} is given tokens of all rows at once, {list(tokens.shape)}, not row by row, so their "
+            "gradients cannot be told apart; take it out of lora_target"
+        )
+
+
+def _summed_products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """[rows, T, m] and [rows, T, n] → [rows, m·n] float32, each row's sum over T of the outer products."""
+    return torch.bmm(left.transpose(1, 2), right).float().flatten(1)
 
 
 @contextlib.contextmanager
@@ -222,6 +330,7 @@ def _hooked(watch: _Watch) -> Iterator[None]:
 
     def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x = args[0].detach()
+        watch.uses += 1
         if not output.requires_grad:
             output.requires_grad_()  # the first adapted layers: the graph starts here, not below
 
@@ -259,6 +368,7 @@ class _AdaptedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, start: torch.Tensor, watch: _Watch) -> torch.Tensor:
         base = watch.pair.module.get_base_layer()
         dtype = base.weight.dtype
+        watch.uses += 1
         with torch.autocast(x.device.type, enabled=False):
             inputs = x.to(dtype)
             x_a = inputs @ watch.weight_a.T.to(dtype)

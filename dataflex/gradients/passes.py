@@ -15,9 +15,10 @@ from dataflex import processes
 from dataflex.data.batches import token_batches
 from dataflex.data.examples import Example
 from dataflex.errors import DataflexError
-from dataflex.gradients.capture import Capture, adapter_values, row_gradients, undisturbed
+from dataflex.gradients.capture import Capture, adapter_values, row_gradients
 from dataflex.gradients.direction import Direction
 from dataflex.gradients.loss import row_losses
+from dataflex.gradients.probe import groups_of
 from dataflex.lora import Slot
 from dataflex.progress import SILENT, Progress
 from dataflex.projection.protocol import Projector
@@ -41,12 +42,24 @@ class Projected:
 
 
 def batches_of(capture: Capture, examples: Sequence[Example], dim: int) -> list[list[int]]:
-    """Indices into `examples`, batch by batch: a function of the rows, the adapter's sizes, the token budget and
-    `dim`, the width of what is kept of a row, alone."""
+    """Indices into `examples`, batch by batch: a function of the rows, the model, the token budget and `dim`, the
+    width of what is kept of a row, alone. Every process must call this."""
     # what a row takes beside its tokens: its image, and the gradient of the largest tensor with Γ's temporaries
     most_rows = max(1, MAX_BATCH_FLOATS // max(dim, 4 * max(slot.size for slot in capture.slots)))
-    batches = token_batches([len(example.input_ids) for example in examples], capture.token_budget)
-    return [batch[start : start + most_rows] for batch in batches for start in range(0, len(batch), most_rows)]
+    return [
+        batch[start : start + most_rows]
+        for batch in _grouped_batches(capture, examples)
+        for start in range(0, len(batch), most_rows)
+    ]
+
+
+def _grouped_batches(capture: Capture, examples: Sequence[Example]) -> list[list[int]]:
+    """Batches within the token budget, of rows that may share one."""
+    return [
+        [group[offset] for offset in batch]
+        for group in groups_of(capture, examples)
+        for batch in token_batches([len(examples[index].input_ids) for index in group], capture.token_budget)
+    ]
 
 
 def project_rows(
@@ -151,7 +164,7 @@ def _project_batch(
     def on_gradient(slot: Slot, gradient: torch.Tensor) -> None:
         projector.add(vectors, slot.offset, direction(slot, gradient))
 
-    with undisturbed(capture.model), capture.autocast():
+    with capture.running():
         losses = row_gradients(
             capture.model,
             capture.pairs,
@@ -190,13 +203,13 @@ def mean_loss(
     capture: Capture, examples: Sequence[Example], progress: Progress = SILENT, description: str = "loss"
 ) -> float:
     """Mean over `examples` of each row's mean cross-entropy: forward passes only, shared by all processes."""
-    batches = token_batches([len(example.input_ids) for example in examples], capture.token_budget)
+    batches = _grouped_batches(capture, examples)
     total = torch.zeros(1, dtype=torch.float64)
     with progress.task(description, len(examples), "rows") as task:
         for turn, batch in enumerate(processes.my_turns(batches)):
             if batch is not None or capture.shared_weights:
                 inputs = capture.inputs([examples[index] for index in batch or batches[-1][:1]])
-                with undisturbed(capture.model), capture.autocast(), torch.no_grad():
+                with capture.running(), torch.no_grad():
                     losses = row_losses(capture.model, *inputs, capture.position_losses)
                 if batch is not None:
                     total += losses.loss.sum().item()

@@ -1,4 +1,7 @@
-"""What a command would do, found out without weights, without the network and without writing: `--dry-run`."""
+"""What a command would do, found out without the network and without writing: `--dry-run`.
+
+The weights are read where they are here and small, to take two rows' gradients.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from dataflex.progress import SILENT, Progress
 from dataflex.selectors.table import make_selector
 
 HEADER_BYTES = 12  # a row: its number and its supervised tokens
+MAX_TRIED_PARAMETERS = 1 << 30  # of a base model that a dry run loads: 4 GiB in float32
 
 
 @dataclass
@@ -47,6 +51,8 @@ def plan(config: RunConfig, command: str, progress: Progress = SILENT) -> Plan:
         result.schedule = _schedule(config, command, splits.get("train"))
     if command in (*TRAINS, "grads", "bench"):
         _measure(config, command, splits, result)
+    if command in (*TRAINS, "grads") and splits:
+        _try_gradients(config, command, splits, result, progress)
     return result
 
 
@@ -181,3 +187,23 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
         peaks.append(training_memory(shape, config.per_device_train_batch_size * longest, checkpointing))
     if peaks:
         result.sizes["peak_memory_bytes"] = max(peaks)
+
+
+def _try_gradients(config: RunConfig, command: str, splits: dict[str, Split], result: Plan, progress: Progress) -> None:
+    """Take two rows' gradients as the command will before it writes anything."""
+    from dataflex.gradients.collect import checkpoint_capture
+    from dataflex.gradients.probe import check_capture, check_gradients
+    from dataflex.model import compute_dtype, load_tokenizer
+    from dataflex.training.runs import trainable_model
+
+    if not Path(config.model_name_or_path).exists():
+        return result.unknown.append("gradients: they are tried once the model's weights are here")
+    if result.sizes["base_parameters"] > MAX_TRIED_PARAMETERS:
+        return result.unknown.append("gradients: the command tries two rows once it has loaded the model")
+    pad_token_id = load_tokenizer(config, local_only=True).pad_token_id
+    if command == "grads":
+        capture = checkpoint_capture(config, Path(config.checkpoint[0]), pad_token_id)
+        check_capture(capture, splits[config.split].examples, progress)
+    else:
+        model = trainable_model(config, splits["train"])
+        check_gradients(model, compute_dtype(config), pad_token_id, splits["train"].examples, progress)

@@ -19,6 +19,7 @@ from dataflex.fingerprints import base_model_fingerprint, live_adapter_fingerpri
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import batches_of, name_bad_rows, project_rows
+from dataflex.gradients.probe import check_capture
 from dataflex.keys import Decides, select_keys
 from dataflex.masking import masked
 from dataflex.model import check_vocabulary, compute_dtype, load_adapter, load_frozen_model, load_tokenizer, on_device
@@ -59,6 +60,7 @@ def grads(config: RunConfig, progress: Progress = SILENT) -> Path:
     split = load_split(config, tokenizer, config.split, progress)
     capture = checkpoint_capture(config, checkpoint, tokenizer.pad_token_id)
     check_vocabulary(capture.model, split.examples, config.template)
+    check_capture(capture, split.examples, progress)
     return collect(config, capture, split, config.split, load_moments(checkpoint), path, progress)
 
 

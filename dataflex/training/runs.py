@@ -21,9 +21,11 @@ from dataflex.config import RunConfig, require
 from dataflex.data.examples import Split, dated, load_split
 from dataflex.files import check_output_dir
 from dataflex.fingerprints import adapter_fingerprint, base_model_fingerprint
+from dataflex.gradients.probe import check_gradients
 from dataflex.model import (
     add_lora,
     check_vocabulary,
+    compute_dtype,
     load_adapter,
     load_frozen_model,
     load_tokenizer,
@@ -118,6 +120,7 @@ def load_run(
         model = trainable_model(config, split)
         if validation is not None:
             check_vocabulary(model, validation.examples, config.template)
+        check_gradients(model, compute_dtype(config), tokenizer.pad_token_id, split.examples, progress)
     return Run(config, came_from, args, tokenizer, model, split, validation, watch, progress)
 
 

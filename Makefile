@@ -5,7 +5,7 @@ PY     := .venv/bin/python
 READY  := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint bench clean
+.PHONY: help setup demo test test-gpu test-oldest lint bench clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -23,15 +23,16 @@ test: setup  ## run the tests
 test-gpu: setup  ## run the tests that need a GPU
 	TEST_GPU=1 $(PY) -m pytest tests/gpu
 
-lint: $(READY)  ## ruff: rules and format
+lint: $(READY)  ## ruff: rules and format; mypy: types, strict (pyproject.toml says of what)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 bench: setup  ## gradients against LoRA training on this machine
 	.venv/bin/dataflex bench examples/demo.yaml
 
 clean:  ## remove .venv and what builds, tests and runs wrote; keep data/ and models/
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis saves models/.converting-*
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis saves models/.converting-*
 	find dataflex commands examples tests -name __pycache__ -prune -exec rm -rf {} +
 	@echo "kept data/ and models/, which take a download to make again; delete them by hand if you mean to"
 

@@ -1,13 +1,57 @@
-"""`dataflex`: the Typer application. `dataflex --help` must stay quick, so nothing here imports torch."""
+"""`dataflex`: the Typer application.
+
+`dataflex --help` stays quick: a command's module is imported when that command is called.
+"""
 
 from __future__ import annotations
 
-import typer
+from importlib import import_module
+from typing import Annotated, Any
 
-from dataflex.commands import bench, dynamic, grads, inspect, merge, score, select, train, warmup
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+import dataflex
+
+# Each command and the first sentence of its function's docstring. commands/NAME.py holds the function NAME.
+COMMANDS = {
+    "dynamic": "Fine-tune on random rows first, then on rows that are selected as training goes on.",
+    "warmup": "Train a LoRA adapter on random rows for warmup_step steps.",
+    "grads": "Collect every row's projected gradient at a checkpoint into an HDF5 store.",
+    "score": "Score training rows by their cosine with the validation rows, summed over checkpoints.",
+    "select": "Write the best-scored rows of a dataset as JSONL, best first.",
+    "train": "Train a LoRA adapter on all of a dataset, for instance on a subset that select wrote.",
+    "merge": "Fold LoRA adapters into their base model and save a whole model.",
+    "inspect": "Say what a file, a folder or a dataset is, what it came from, and whether it is whole.",
+    "bench": "Measure gradients against LoRA training: tokens a second, peak memory, time for all rows.",
+}
+
+
+class _Commands(TyperGroup):
+    """The group of COMMANDS. The group's own help needs only their sentences; a call imports the one command."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for name, sentence in COMMANDS.items():
+            self.add_command(TyperCommand(name, help=sentence), name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in COMMANDS:
+            self.add_command(_imported(args[0]), args[0])
+        return super().resolve_command(ctx, args)
+
+
+def _imported(name: str) -> Any:
+    """The command as Typer builds it from the parameters of its function."""
+    module = import_module(f"dataflex.commands.{name}")
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    alone.command(name, epilog=module.EXAMPLE)(getattr(module, name))
+    return typer.main.get_command(alone)
+
 
 app = typer.Typer(
     name="dataflex",
+    cls=_Commands,
     help=(
         "Pick the training rows that help a target task, and fine-tune on them (LESS, ICML 2024).\n\n"
         "[bold]dataflex dynamic[/] does all of it in one run. The other commands are its steps, and exchange files: "
@@ -17,16 +61,23 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(epilog=dynamic.EXAMPLE)(dynamic.dynamic)
-app.command(epilog=warmup.EXAMPLE)(warmup.warmup)
-app.command(epilog=grads.EXAMPLE)(grads.grads)
-app.command(epilog=score.EXAMPLE)(score.score)
-app.command(epilog=select.EXAMPLE)(select.select)
-app.command(epilog=train.EXAMPLE)(train.train)
-app.command(epilog=merge.EXAMPLE)(merge.merge)
-app.command(epilog=inspect.EXAMPLE)(inspect.inspect)
-app.command(epilog=bench.EXAMPLE)(bench.bench)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dataflex {dataflex.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before the command."""
 
 
 def main() -> None:

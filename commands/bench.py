@@ -23,7 +23,7 @@ def bench(
     as_json: s.Json = False,
     quiet: s.Quiet = False,
 ) -> None:
-    """Measure gradients against LoRA training: tokens a second, seconds by part, peak memory, time for all rows."""
+    """Measure gradients against LoRA training: tokens a second, peak memory, time for all rows."""
     options = s.given(locals())
     with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
         if dry_run:
@@ -31,7 +31,7 @@ def bench(
         import dataflex
 
         found = dataflex.bench(session.config, session.console)
-        parts, peaks, dataset = found["grads"]["seconds"], found["peak_memory_bytes"], found["dataset"]
+        parts, peaks, full = found["grads"]["seconds"], found["peak_memory_bytes"], found["dataset"]
         everything = sum(parts.values())
         done, limit = found["grads"]["flops_per_s"], found["matmul_flops_per_s"]
         session.console.facts(
@@ -43,7 +43,7 @@ def bench(
                 "the gradients' arithmetic": f"{done / 1e9:.0f} GFLOP/s without attention, "
                 f"{100 * done / limit:.0f}% of what a large matrix product reaches",
                 "of the gradients' time": ", ".join(f"{name} {100 * v / everything:.1f}%" for name, v in parts.items()),
-                "for the whole dataset": f"{dataset['rows']} rows in about {dataset['seconds']:.0f} s",
+                "for the whole dataset": f"{full['rows']} rows in about {full['seconds']:.0f} s",
             },
         )
         session.console.result(

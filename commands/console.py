@@ -103,9 +103,9 @@ class Console:
                 shown = "".join(f", {name} {value:.4g}" for name, value in count.shown.items())
                 self.say(f"{description}: {count.done} {unit} in {seconds:.0f} s{shown}")
             return
-        outermost = self._progress is None
-        if outermost:
-            self._progress = Progress(
+        progress, outermost = self._progress, self._progress is None
+        if progress is None:
+            progress = self._progress = Progress(
                 TextColumn("[bold]{task.description:<16}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.completed:>4.0f}/{task.total:.0f} {task.fields[unit]}"),
@@ -117,14 +117,14 @@ class Console:
                 console=self.err,
                 transient=True,
             )
-            self._progress.start()
-        bar = _Bar(self, self._progress, description, total, unit)
+            progress.start()
+        bar = _Bar(self, progress, description, total, unit)
         try:
             yield bar
         finally:
-            self._progress.remove_task(bar.id)
+            progress.remove_task(bar.id)
             if outermost:
-                self._progress.stop()
+                progress.stop()
                 self._progress = None
 
     def say(self, message: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from dataflex.commands import session as s
 from dataflex.commands.planned import show_plan
 
 EXAMPLE = "Example: dataflex grads examples/pipeline.yaml --checkpoint saves/warmup/checkpoint-8 -o saves/train.h5"
 
-Split = s.option(str, "split", "--split")
+Split = Annotated[str | None, s.option("split", "--split")]
 
 
 def grads(
@@ -23,7 +25,7 @@ def grads(
     adam_formula: s.AdamFormula = None,
     proj_dim: s.ProjDim = None,
     projector: s.Projector = None,
-    store_dtype: s.option(str, "store_dtype", "--store-dtype") = None,
+    store_dtype: Annotated[str | None, s.option("store_dtype", "--store-dtype")] = None,
     token_budget: s.TokenBudget = None,
     output: s.Output = None,
     skip_bad_rows: s.SkipBadRows = False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from dataflex.commands import session as s
 from dataflex.commands.planned import show_plan
 
@@ -11,8 +13,8 @@ EXAMPLE = "Example: dataflex merge examples/merge.yaml"
 def merge(
     arguments: s.Arguments = None,
     model: s.Model = None,
-    adapter: s.option(str, "adapter_name_or_path", "--adapter") = None,
-    export_dir: s.option(str, "export_dir", "--export-dir") = None,
+    adapter: Annotated[str | None, s.option("adapter_name_or_path", "--adapter")] = None,
+    export_dir: Annotated[str | None, s.option("export_dir", "--export-dir")] = None,
     template: s.Template = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,

@@ -15,9 +15,9 @@ EXAMPLE = "Example: dataflex score --train saves/train.h5 --eval saves/eval.h5 -
 
 def score(
     arguments: s.Arguments = None,
-    train: s.option(list[str], "train_stores", "--train") = None,
-    validation: s.option(list[str], "eval_stores", "--eval") = None,
-    weights: s.option(str, "weights", "--weights") = None,
+    train: Annotated[list[str] | None, s.option("train_stores", "--train")] = None,
+    validation: Annotated[list[str] | None, s.option("eval_stores", "--eval")] = None,
+    weights: Annotated[str | None, s.option("weights", "--weights")] = None,
     reduce: s.Reduce = None,
     exact: Annotated[bool, typer.Option("--exact", help=help_of("exact"))] = False,
     checkpoint: s.Checkpoints = None,

@@ -15,12 +15,12 @@ EXAMPLE = "Example: dataflex select --scores saves/scores.jsonl --data alpaca_en
 
 def select(
     arguments: s.Arguments = None,
-    scores: s.option(str, "scores", "--scores") = None,
-    data: s.option(str, "data", "--data") = None,
+    scores: Annotated[str | None, s.option("scores", "--scores")] = None,
+    data: Annotated[str | None, s.option("data", "--data")] = None,
     dataset_dir: s.DatasetDir = None,
-    top: s.option(float, "top", "--top") = None,
-    count: s.option(int, "count", "--count") = None,
-    threshold: s.option(float, "threshold", "--threshold") = None,
+    top: Annotated[float | None, s.option("top", "--top")] = None,
+    count: Annotated[int | None, s.option("count", "--count")] = None,
+    threshold: Annotated[float | None, s.option("threshold", "--threshold")] = None,
     plain: Annotated[bool, typer.Option("--plain", help=help_of("plain"))] = False,
     output: s.Output = None,
     dry_run: s.DryRun = False,

@@ -35,30 +35,30 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and
 Overwrite = Annotated[bool, typer.Option("--overwrite", help=help_of("overwrite"))]
 
 
-def option(kind: Any, key: str, *flags: str) -> Any:
+def option(key: str, *flags: str) -> Any:
     """An option that sets `key`, with the key's own help."""
-    return Annotated[kind | None, typer.Option(*flags, help=help_of(key), show_default=False)]
+    return typer.Option(*flags, help=help_of(key), show_default=False)
 
 
-Model = option(str, "model_name_or_path", "--model")
-Dataset = option(str, "dataset", "--dataset")
-EvalDataset = option(str, "eval_dataset", "--eval-dataset")
-DatasetDir = option(str, "dataset_dir", "--dataset-dir")
-Template = option(str, "template", "--template")
-CutoffLen = option(int, "cutoff_len", "--cutoff-len")
-OutputDir = option(str, "output_dir", "--output-dir")
-Output = option(str, "output", "--output", "-o")
-Checkpoints = option(list[str], "checkpoint", "--checkpoint")
-GradientType = option(str, "gradient_type", "--gradient-type")
-AdamFormula = option(str, "adam_formula", "--adam-formula")
-ProjDim = option(int, "proj_dim", "--proj-dim")
-Projector = option(str, "projector", "--projector")
+Model = Annotated[str | None, option("model_name_or_path", "--model")]
+Dataset = Annotated[str | None, option("dataset", "--dataset")]
+EvalDataset = Annotated[str | None, option("eval_dataset", "--eval-dataset")]
+DatasetDir = Annotated[str | None, option("dataset_dir", "--dataset-dir")]
+Template = Annotated[str | None, option("template", "--template")]
+CutoffLen = Annotated[int | None, option("cutoff_len", "--cutoff-len")]
+OutputDir = Annotated[str | None, option("output_dir", "--output-dir")]
+Output = Annotated[str | None, option("output", "--output", "-o")]
+Checkpoints = Annotated[list[str] | None, option("checkpoint", "--checkpoint")]
+GradientType = Annotated[str | None, option("gradient_type", "--gradient-type")]
+AdamFormula = Annotated[str | None, option("adam_formula", "--adam-formula")]
+ProjDim = Annotated[int | None, option("proj_dim", "--proj-dim")]
+Projector = Annotated[str | None, option("projector", "--projector")]
 Nproc = Annotated[
     int | None, typer.Option("--nproc", min=1, help="Processes to share the work, one a GPU.", show_default=False)
 ]
-TokenBudget = option(int, "token_budget", "--token-budget")
+TokenBudget = Annotated[int | None, option("token_budget", "--token-budget")]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help=help_of("skip_bad_rows"))]
-Reduce = option(str, "reduce", "--reduce")
+Reduce = Annotated[str | None, option("reduce", "--reduce")]
 
 
 # Parameters of commands that have another name than the key they set.

@@ -3,9 +3,41 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Handed on lazily (PEP 562): importing dataflex, or asking the command line for help, imports no torch.
+if TYPE_CHECKING:  # _HOMES, for editors and type checkers
+    from dataflex.benchmark import bench
+    from dataflex.config import RunConfig
+    from dataflex.config_file import load_config
+    from dataflex.data.examples import load_examples
+    from dataflex.dynamic_run import dynamic
+    from dataflex.gradients.collect import grads
+    from dataflex.gradients.store import open_store
+    from dataflex.influence.scoring import score
+    from dataflex.influence.selection import select
+    from dataflex.merging import merge
+    from dataflex.training.runs import train, warmup
+
+    __version__: str
+
+__all__ = [
+    "RunConfig",
+    "__version__",
+    "bench",
+    "dynamic",
+    "grads",
+    "load_config",
+    "load_examples",
+    "merge",
+    "open_store",
+    "score",
+    "select",
+    "train",
+    "warmup",
+]
+
+# Each name and the module it is imported from when it is first asked for.
 _HOMES = {
     "RunConfig": "dataflex.config",
     "load_config": "dataflex.config_file",
@@ -21,14 +53,16 @@ _HOMES = {
     "bench": "dataflex.benchmark",
 }
 
-__all__ = list(_HOMES)
-
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # of the installed package: pyproject.toml has the number
+        from importlib.metadata import version
+
+        return version("dataflex")
     if name not in _HOMES:
         raise AttributeError(f"module 'dataflex' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__})

@@ -51,7 +51,11 @@ def shape_of(config: Any, base: int, adapter: int, itemsize: int) -> Shape | Non
     """The shape of a model from its transformers configuration; None where that does not say its layers' sizes."""
     text = config.get_text_config()
     sizes = [getattr(text, name, None) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")]
-    return None if None in sizes else Shape(base, adapter, *sizes, vocabulary=text.vocab_size, itemsize=itemsize)
+    known = [int(size) for size in sizes if size is not None]
+    if len(known) < len(sizes):
+        return None
+    layers, hidden, intermediate = known
+    return Shape(base, adapter, layers, hidden, intermediate, vocabulary=text.vocab_size, itemsize=itemsize)
 
 
 def gradient_memory(shape: Shape, tokens: int) -> int:

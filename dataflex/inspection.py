@@ -150,7 +150,7 @@ def _origins(path: Path) -> Iterator[dict[str, Any]]:
 
 def _inspect_dataset(config: RunConfig, target: str, progress: Progress, keep: bool) -> Inspection:
     config = config.changed(dataset=target, eval_dataset=None, val_size=0.0)
-    sources = find_sources(config.dataset, config.dataset_dir)
+    sources = find_sources(config.dataset or [], config.dataset_dir)
     facts: dict[str, Any] = {
         "formatting": sorted({source.formatting for source in sources}),
         "files": [str(path) for source in sources for path in _places(source)],

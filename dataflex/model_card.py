@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import TrainerCallback
 
-from dataflex.config import RunConfig
+from dataflex.config import MARKS, ROW_KEYS, RunConfig, values_of
 from dataflex.files import make_ordinary, write_text
+from dataflex.keys import Decides, select_keys
 from dataflex.masking import masked
 from dataflex.provenance import FILE_NAME
 
@@ -21,19 +22,9 @@ if TYPE_CHECKING:
 CARD = "README.md"
 MADE_BY = "Made by dataflex"
 
-DATA = (
-    *("dataset", "eval_dataset", "val_size", "template", "cutoff_len", "max_samples", "train_on_prompt"),
-    *("mask_history", "enable_thinking"),
-)
-SELECTION = (
-    *("component_name", "selector", "warmup_step", "update_step", "update_times", "gradient_type", "adam_formula"),
-    *("projector", "proj_dim", "reduce", "accumulate"),
-)
-SETTINGS = (
-    *("lora_target", "lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "learning_rate", "lr_scheduler_type"),
-    *("warmup_ratio", "warmup_steps", "num_train_epochs", "max_steps", "rows_per_step", "weight_decay"),
-    *("max_grad_norm", "bf16", "fp16", "pure_bf16", "quantization_bit", "neftune_noise_alpha", "seed"),
-)
+DATA = tuple(key for key in ROW_KEYS if key not in ("dataset_dir", "split"))
+SELECTION = select_keys(MARKS, lambda mark: mark.component and mark.compared)
+SETTINGS = select_keys(MARKS, lambda mark: mark.compared and mark.decides in (Decides.TRAINING, Decides.MODEL))
 
 
 class SavedAdapters(TrainerCallback):
@@ -114,12 +105,12 @@ def _head(base: str, library: str, tags: list[str]) -> str:
 
 
 def _listed(config: RunConfig, keys: tuple[str, ...]) -> str:
-    return _lines({key: getattr(config, key) for key in keys})
+    return _lines({**values_of(config, keys), **({"rows_per_step": config.rows_per_step} if keys is SETTINGS else {})})
 
 
 def _lines(facts: dict[str, Any]) -> str:
     """A line for each fact that says something."""
-    known = {key: value for key, value in masked(facts).items() if value not in (None, "")}
+    known = {key: value for key, value in masked(facts).items() if value not in (None, "", False)}
     return "\n".join(f"- {key}: {_text(value)}" for key, value in known.items())
 
 

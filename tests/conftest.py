@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -150,3 +151,19 @@ def run_cli() -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+@pytest.fixture(scope="module")
+def checkout(
+    tmp_path_factory: pytest.TempPathFactory, repo: Path, data_dir: Path, tiny_model_dir: Path
+) -> Iterator[Path]:
+    """A copy of the repository's examples/ beside data/ and models/, as a user has them after `make setup`, with the
+    tiny model in the demo model's place. Also the working directory."""
+    folder = tmp_path_factory.mktemp("checkout") / "dataflex"
+    shutil.copytree(repo / "examples", folder / "examples", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "models").mkdir()
+    (folder / "models" / MODEL).symlink_to(tiny_model_dir)
+    (folder / "data").symlink_to(data_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        yield folder

@@ -192,3 +192,16 @@ def test_every_package_is_installed(repo: Path) -> None:
     listed = set(project["tool"]["setuptools"]["packages"])
     folders = {path.parent.relative_to(repo) for path in (repo / "dataflex").rglob("*.py")}
     assert {".".join(folder.parts) for folder in folders} | {"dataflex.commands"} == listed
+
+
+def test_every_other_file_is_installed(repo: Path) -> None:
+    """py.typed, which says that the package has type hints, and whatever else is no module."""
+    project = tomllib.loads((repo / "pyproject.toml").read_text(encoding="utf-8"))
+    listed = set(project["tool"]["setuptools"]["package-data"]["dataflex"])
+    others = {
+        str(path.relative_to(repo / folder))
+        for folder in ("dataflex", "commands")
+        for path in (repo / folder).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc")
+    }
+    assert "py.typed" in others and others == listed

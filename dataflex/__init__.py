@@ -13,10 +13,10 @@ if TYPE_CHECKING:  # _HOMES, for editors and type checkers
     from dataflex.data.examples import load_examples
     from dataflex.dynamic_run import dynamic
     from dataflex.gradients.collect import grads
-    from dataflex.gradients.store import open_store
     from dataflex.influence.scoring import score
     from dataflex.influence.selection import select
     from dataflex.merging import merge
+    from dataflex.store.reader import open_store
     from dataflex.training.runs import train, warmup
 
     __version__: str

@@ -215,7 +215,7 @@ def put_on(
         why = f"PEFT cannot adapt {named} of a {type(model).__name__}"
         raise _misfit(adapter, why) from error
     try:
-        result = set_peft_model_state_dict(wrapped, adapter.tensors)
+        result: Any = set_peft_model_state_dict(wrapped, adapter.tensors)
     except KeyError as error:
         raise _misfit(adapter, f"it lacks {error.args[0]}, which its configuration names") from error
     except (RuntimeError, ValueError) as error:
@@ -320,7 +320,7 @@ def _fit_vocabulary(model: PreTrainedModel, adapter: Adapter) -> None:
             f"it was trained with {wanted} embeddings, the model has {rows}, and it does not hold what the others are; "
             "resize the base as for training and save it first",
         )
-    model.resize_token_embeddings(wanted, mean_resizing=False)
+    model.resize_token_embeddings(int(wanted), mean_resizing=False)
 
 
 # --- folding ----------------------------------------------------------------------------------
@@ -430,7 +430,8 @@ def _untie(wrapped: PeftModel) -> None:
 
 def _settle_tie(model: PreTrainedModel) -> None:
     """Tie the output head to the embedding where both came out equal; let the configuration say what is so."""
-    embedding, head = ends(model)
+    ends_of_model: tuple[Any, Any] = ends(model)
+    embedding, head = ends_of_model
     said = getattr(model.config, "tie_word_embeddings", None)
     if said is None or getattr(head, "weight", None) is None:
         return

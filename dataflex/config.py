@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -76,6 +76,7 @@ def _only(supported: str, reason: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+T = TypeVar("T")
 Names = Annotated[list[str], BeforeValidator(_comma_list)]
 Steps = Annotated[PositiveFloat, AfterValidator(_steps)]
 LrSchedule = Literal[
@@ -486,6 +487,17 @@ def require(config: RunConfig, command: str, *further: str) -> None:
         raise UsageError(
             f"{command} needs {', '.join(missing)}; set it in the YAML or as key=value:\n" + "\n".join(lines)
         )
+
+
+def needed(value: T | None) -> T:
+    """A value that was checked to be there, for instance that of a key that `require` has found set.
+
+    Raises:
+        TypeError: if it is not there after all.
+    """
+    if value is None:
+        raise TypeError("a value that the command needs is not there")
+    return value
 
 
 def save_config(config: RunConfig, path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dataflex import processes
-from dataflex.config import RunConfig, require
+from dataflex.config import RunConfig, needed, require
 from dataflex.data.examples import Split
 from dataflex.errors import UsageError
 from dataflex.files import read_jsonl, write_jsonl
@@ -40,14 +40,14 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
     require(config, "dynamic")
     selector = make_selector(config.selector)
     if not config.is_exact:
-        check_projector(config.projector, config.proj_dim, device())
+        check_projector(config.projector, needed(config.proj_dim), device())
     schedule = dynamic_schedule(config)
 
     def steps_over(train: Split) -> int:
         check_selection_size(schedule, train)
         return schedule.total_steps
 
-    output_dir = Path(config.output_dir)
+    output_dir = Path(needed(config.output_dir))
     run = load_run(config, "dynamic", progress, steps_over, selects=True)
     if run is None:
         return output_dir
@@ -66,7 +66,7 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
             save_at=schedule.selection_steps,
         )
         with run.watch.phase("evaluation"):
-            loss_after = mean_loss(capture, run.validation.examples, progress, "eval loss after")
+            loss_after = mean_loss(capture, needed(run.validation).examples, progress, "eval loss after")
         finish(
             run,
             record,
@@ -79,7 +79,7 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
                 {"step": step, "rows": len(chosen), "picked": count_by_dataset(run.train, chosen)}
                 for step, chosen in selections.made.items()
             ],
-            eval_rows=len(run.validation.examples),
+            eval_rows=len(needed(run.validation).examples),
             eval_loss={**record.facts["eval_loss"], "after": loss_after},
         )
     return output_dir
@@ -117,7 +117,7 @@ class _Selections:
     """Step → indices of the rows selected before it, best first."""
 
     def __post_init__(self) -> None:
-        self.folder = Path(self.run.config.output_dir)
+        self.folder = Path(needed(self.run.config.output_dir))
 
     def recall(self, resumed_at: int) -> None:
         """Read the selections that a run taken up after `resumed_at` steps has made already."""
@@ -137,7 +137,7 @@ class _Selections:
         if "eval_loss" not in self.record.facts:
             # only now, inside the training: under ZeRO-3 the model cannot run before
             with run.watch.phase("evaluation"):
-                before = mean_loss(self.capture, run.validation.examples, run.progress, "eval loss before")
+                before = mean_loss(self.capture, needed(run.validation).examples, run.progress, "eval loss before")
             self.record.note(eval_loss={"before": before})
         selected_at = self.schedule.selection_of(step)
         if selected_at is not None and selected_at not in self.made:
@@ -151,7 +151,7 @@ class _Selections:
             config=config,
             capture=self.capture,
             train=run.train,
-            validation=run.validation,
+            validation=needed(run.validation),
             moments=moments,
             cache=cache,
             memory=self.folder / "selections",

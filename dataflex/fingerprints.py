@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataflex.config import RunConfig
+from dataflex.config import RunConfig, needed
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import write_json
 from dataflex.masking import masked
@@ -48,7 +48,7 @@ def _base_parts(config: RunConfig, progress: Progress) -> dict[str, str]:
 
     if config.model_name_or_path is None:
         raise UsageError("model_name_or_path is not set")
-    path = Path(config.model_name_or_path)
+    path = Path(needed(config.model_name_or_path))
     if not path.exists():
         commit = getattr(load_model_config(config), "_commit_hash", None)
         return {"commit": commit or config.model_name_or_path}

@@ -90,7 +90,7 @@ class _Window:
     def next_character(self) -> str:
         """The next character that is not white space, which stays; "" at the end."""
         while True:
-            self.place = self.start = _SPACE.match(self.text, self.place).end()
+            self.place = self.start = _SPACE.match(self.text, self.place).end()  # type: ignore[union-attr] # it matches nothing as well
             if self.place < len(self.text):
                 return self.text[self.place]
             if not self.read(CHUNK):

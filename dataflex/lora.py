@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,7 +77,7 @@ def linear_names(model: nn.Module) -> list[str]:
     LLaMA-Factory's choice, and GPT-2's Conv1D layers, which are linear layers with a transposed weight. Where
     transformers holds a mixture's experts as one tensor, they are no linear layers.
     """
-    heads = OUTPUT_HEADS.get(getattr(getattr(model, "config", None), "model_type", None), ("lm_head",))
+    heads = OUTPUT_HEADS.get(getattr(getattr(model, "config", None), "model_type", ""), ("lm_head",))
     names = {
         name.rpartition(".")[2]
         for name, module in text_modules(model)
@@ -235,9 +236,8 @@ def lora_pairs(model: nn.Module) -> list[LoraPair]:
     from peft.tuners.lora import LoraLayer
 
     pairs = []
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
+    layers: list[tuple[str, Any]] = [item for item in model.named_modules() if isinstance(item[1], LoraLayer)]
+    for name, module in layers:
         for adapter in module.active_adapters:
             reason = _why_not_plain(module, adapter)
             if reason:

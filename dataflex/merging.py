@@ -11,14 +11,15 @@ import json
 import tempfile
 import warnings
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from dataflex.adapters import Adapter, check_adapter_fits, ends, fold, read_adapter, without_copies
-from dataflex.config import RunConfig, require
+from dataflex.config import RunConfig, needed, require
 from dataflex.data.chat_formats import end_token, ollama_modelfile, set_chat
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import check_output_dir, disk_errors_of, make_ordinary, write_json, write_text
@@ -70,21 +71,21 @@ def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
     """
     require(config, "merge")
     export_dir = check_export_dir(config)
-    adapters = [read_adapter(path) for path in config.adapter_name_or_path]
+    adapters = [read_adapter(path) for path in needed(config.adapter_name_or_path)]
     _check_base_name(config, adapters[0])
     tokenizer = _find_tokenizer(config)
     chat = set_chat(tokenizer, config.template)
     model = load_base_model(config.changed(flash_attn="auto"), "auto")  # other kernels may need a GPU
-    for path in config.adapter_name_or_path:
+    for path in needed(config.adapter_name_or_path):
         check_adapter_fits(model, path)
-    model.to(device() if config.export_device == "auto" else torch.device("cpu"))
+    nn.Module.to(model, device() if config.export_device == "auto" else torch.device("cpu"))
     adapters = [without_copies(model, adapter) for adapter in adapters]
     probe = Probe()
     for adapter in adapters:
-        model = fold(model, adapter, look=lambda wrapped, adapter=adapter: probe.look(wrapped, adapter))
+        model = fold(model, adapter, look=partial(probe.look, adapter=adapter))
         probe.compare(model, f"adapter {adapter.path}", model.dtype)
         progress.say(f"merged {adapter.path}")
-    model.to(export_dtype(model.dtype))
+    nn.Module.to(model, export_dtype(model.dtype))
     model.config.dtype = model.dtype
     model.config.use_cache = True
     _fix_generation(model, tokenizer, chat)
@@ -108,7 +109,7 @@ def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
         if export_dir.exists():
             export_dir.rename(Path(temporary) / "former")
         folder.rename(export_dir)
-    return Path(config.export_dir)
+    return Path(needed(config.export_dir))
 
 
 class Probe:
@@ -160,9 +161,10 @@ def check_export(folder: Path, probe: Probe, config: RunConfig, place: torch.dev
     from transformers import AutoModelForCausalLM
 
     what = f"export_dir {config.export_dir}"
-    model, found = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype="auto", output_loading_info=True, trust_remote_code=config.trust_remote_code
     )
+    model, found = loaded
     wrong = [f"{kind.replace('_', ' ')} {sorted(map(str, names))[0]}" for kind, names in found.items() if names]
     rows = model.get_input_embeddings().weight.shape[0]
     settings = model.config.get_text_config()
@@ -214,12 +216,12 @@ def _find_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
 def check_export_dir(config: RunConfig) -> Path:
     """The folder to write, links followed; a UsageError where writing it would cost something else."""
-    export_dir = check_output_dir(config.export_dir, "export_dir", config.overwrite).resolve()
+    export_dir = check_output_dir(needed(config.export_dir), "export_dir", config.overwrite).resolve()
     for key, paths in (
         ("model_name_or_path", [config.model_name_or_path]),
         ("adapter_name_or_path", config.adapter_name_or_path),
     ):
-        for path in paths:
+        for path in filter(None, paths or []):
             if Path(path).exists() and Path(path).resolve().is_relative_to(export_dir):
                 raise UsageError(f"export_dir {config.export_dir}: {key} {path} lies there; choose another export_dir")
     if export_dir.is_dir():
@@ -258,7 +260,7 @@ def _fix_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     stops = _as_list(generation.eos_token_id)
     for token in (tokenizer.eos_token, end_token(chat, tokenizer)):
         number = None if token is None else tokenizer.convert_tokens_to_ids(token)
-        if number is not None and number < rows and number not in stops:
+        if isinstance(number, int) and number < rows and number not in stops:
             stops.append(number)
     generation.eos_token_id = stops[0] if len(stops) == 1 else stops or None
 

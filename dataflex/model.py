@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from dataflex.adapters import check_adapter_fits, fold, put_on, read_adapter, without_copies
-from dataflex.config import RunConfig, require
+from dataflex.config import RunConfig, needed, require
 from dataflex.environment import local_rank
 from dataflex.errors import UsageError
 from dataflex.lora import has_transposed, lora_targets, peft_errors
@@ -28,7 +29,7 @@ def model_source(config: RunConfig, local_only: bool = False) -> dict[str, Any]:
     `local_only` never asks the hub: a hub id is then found only where it was downloaded before.
     """
     require(config, "loading a model", "model_name_or_path")
-    name = config.model_name_or_path
+    name = needed(config.model_name_or_path)
     source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if name.endswith(".gguf"):
         path = Path(name)
@@ -172,7 +173,7 @@ def add_lora(model: PreTrainedModel, config: RunConfig) -> PeftModel:
     lora = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,  # type: ignore[arg-type] # a float scales as well
         lora_dropout=config.lora_dropout,
         use_rslora=config.use_rslora,
         target_modules=targets,
@@ -194,7 +195,7 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def check_vocabulary(model: nn.Module, examples: list[Any], template: str | None) -> None:
+def check_vocabulary(model: nn.Module, examples: Sequence[Any], template: str | None) -> None:
     """Raise a UsageError if a row holds a token the model has no embedding for."""
     rows = model.get_input_embeddings().num_embeddings
     for example in examples:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import TrainerCallback
 
-from dataflex.config import MARKS, ROW_KEYS, RunConfig, values_of
+from dataflex.config import MARKS, ROW_KEYS, RunConfig, needed, values_of
 from dataflex.files import make_ordinary, write_text
 from dataflex.keys import Decides, select_keys
 from dataflex.masking import masked
@@ -35,7 +35,7 @@ class SavedAdapters(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            describe_adapter(self.config, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            describe_adapter(self.config, Path(needed(args.output_dir)) / f"checkpoint-{state.global_step}")
 
 
 def describe_adapter(config: RunConfig, folder: Path) -> None:

@@ -5,11 +5,12 @@ The weights are read where they are here and small, to take two rows' gradients.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dataflex.config import RunConfig, require
+from dataflex.config import RunConfig, needed, require
 from dataflex.data.examples import Split, load_split, split_names
 from dataflex.data.preview import first_row, summary
 from dataflex.errors import UsageError
@@ -66,14 +67,14 @@ def _check_outputs(config: RunConfig, command: str) -> None:
 
         check_export_dir(config)
     elif command != "bench":
-        check_output_file(config.output, config.overwrite or command == "grads")
+        check_output_file(needed(config.output), config.overwrite or command == "grads")
 
 
 def _load_splits(config: RunConfig, command: str, result: Plan, progress: Progress) -> dict[str, Split]:
     from dataflex.model import load_tokenizer
 
     if command in ("grads", "bench"):
-        names = [config.split]
+        names: list[Literal["train", "eval"]] = [config.split]
     elif command in TRAINS:
         names = ["train", "eval"] if command == "dynamic" or config.eval_strategy != "no" else ["train"]
     elif command == "score" and config.exact:
@@ -89,13 +90,13 @@ def _load_splits(config: RunConfig, command: str, result: Plan, progress: Progre
         result.unknown.append(f"rows: they are counted with the tokenizer. {error}")
         _check_sources(config, names)
         return {}
-    splits = {name: load_split(config, tokenizer, name, progress, keep=False) for name in names}
+    splits: dict[str, Split] = {name: load_split(config, tokenizer, name, progress, keep=False) for name in names}
     for name, split in splits.items():
         result.data[name] = {**summary(split.report), "example": first_row(split.examples, tokenizer)}
     return splits
 
 
-def _check_sources(config: RunConfig, names: list[str]) -> None:
+def _check_sources(config: RunConfig, names: Sequence[str]) -> None:
     """Without a tokenizer the datasets and the template can still be looked up."""
     from dataflex.data.catalog import find_sources
     from dataflex.data.templates import find_template
@@ -163,7 +164,7 @@ def _measure(config: RunConfig, command: str, splits: dict[str, Split], result: 
         layout_of_rows = RowLayout(config.store_dtype, dim)
         result.sizes["store_bytes"] = sum(rows.values()) * (layout_of_rows.row_bytes + HEADER_BYTES)
     if command in ("grads", "bench", "dynamic") and not config.is_exact:
-        check_projector(config.projector, config.proj_dim, device())
+        check_projector(config.projector, needed(config.proj_dim), device())
     shape = shape_of(architecture, base_parameters, adapter, compute_dtype(config).itemsize)
     if shape is None:
         result.unknown.append(f"peak memory: {architecture.model_type} does not say its layers' sizes")
@@ -196,13 +197,13 @@ def _try_gradients(config: RunConfig, command: str, splits: dict[str, Split], re
     from dataflex.model import compute_dtype, load_tokenizer
     from dataflex.training.runs import trainable_model
 
-    if not Path(config.model_name_or_path).exists():
+    if not Path(needed(config.model_name_or_path)).exists():
         return result.unknown.append("gradients: they are tried once the model's weights are here")
     if result.sizes["base_parameters"] > MAX_TRIED_PARAMETERS:
         return result.unknown.append("gradients: the command tries two rows once it has loaded the model")
     pad_token_id = load_tokenizer(config, local_only=True).pad_token_id
     if command == "grads":
-        capture = checkpoint_capture(config, Path(config.checkpoint[0]), pad_token_id)
+        capture = checkpoint_capture(config, Path(needed(config.checkpoint)[0]), pad_token_id)
         check_capture(capture, splits[config.split].examples, progress)
     else:
         model = trainable_model(config, splits["train"])

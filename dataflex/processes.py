@@ -12,12 +12,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from dataflex.environment import launched, local_rank, rank
-from dataflex.environment import world_size as size
+from dataflex.environment import launched, local_rank, world_size
+from dataflex.environment import rank as rank
 from dataflex.errors import UsageError
 from dataflex.progress import Interrupted, Task
 
 T = TypeVar("T")
+
+size = world_size
+"""How many processes there are."""
 
 
 def join(timeout_s: int = 1800, deepspeed: bool = False) -> None:

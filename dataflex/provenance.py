@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex import processes
-from dataflex.config import RunConfig, save_config
+from dataflex.config import RunConfig, needed, save_config
 from dataflex.errors import UsageError
 from dataflex.files import write_json
 from dataflex.locks import Lock
@@ -155,7 +155,7 @@ def find_record(config: RunConfig, came_from: Origin) -> RunRecord | None:
     """
     if config.overwrite or config.overwrite_output_dir:
         return None
-    record = read_record(Path(config.output_dir))
+    record = read_record(Path(needed(config.output_dir)))
     if record is not None:
         _check_same_run(record, came_from)
     return record
@@ -167,7 +167,7 @@ def open_record(config: RunConfig, came_from: Origin) -> Iterator[RunRecord]:
 
     Other runs are kept out of the folder until the block ends.
     """
-    folder = Path(config.output_dir)
+    folder = Path(needed(config.output_dir))
     with lock(folder) if processes.rank() == 0 else contextlib.nullcontext():
         record = find_record(config, came_from)
         processes.barrier()  # every process has looked before the first one writes

@@ -8,14 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dataflex.data.template_table import BOS, CONTENT, Slot, Template
+from dataflex.data.template_table import BOS, CONTENT, REPLACING, Slot, Template
 from dataflex.data.templates import find_template, prepare_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Templates whose wording is nobody's default: a tokenizer's own chat template gives way to them, as in LLaMA-Factory.
-REPLACING = ("alpaca", "chatml", "default", "vicuna")
 
 
 def set_chat(tokenizer: PreTrainedTokenizerBase, name: str | None) -> Template | None:
@@ -54,14 +51,14 @@ def end_token(template: Template | None, tokenizer: PreTrainedTokenizerBase) -> 
     added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ids = tokenizer.encode(after, add_special_tokens=False) if after else []
     found = next((token for token in ids if token in added), None)
-    return None if found is None else tokenizer.convert_ids_to_tokens(found)
+    return None if found is None else str(tokenizer.convert_ids_to_tokens(found))
 
 
 def _answered(tokenizer: PreTrainedTokenizerBase) -> str:
     """A question and its answer by the tokenizer's own template; empty where it has none, or refuses them."""
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": CONTENT}]
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception:  # a chat template is a program of its own and may raise anything
         return ""
 
@@ -135,7 +132,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase) -> Template | None:
     system, user, answer = ({"role": role, "content": CONTENT} for role in ("system", "user", "assistant"))
 
     def render(*messages: dict[str, str], prompt: bool = False) -> str:
-        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=prompt, tokenize=False)
+        return str(tokenizer.apply_chat_template(list(messages), add_generation_prompt=prompt, tokenize=False))
 
     try:
         opening, asked = render(system), render(system, user, prompt=True)

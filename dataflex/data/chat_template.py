@@ -49,20 +49,21 @@ def encode_chat_turns(
     """
     # A template that knows no tool calls would leave them out unseen: word them as text instead.
     native = "tool_calls" in str(tokenizer.chat_template)
-    tools = parse_tools(conversation.tools) if conversation.tools and native else None
+    offered: list[Any] = parse_tools(conversation.tools) if conversation.tools and native else []
     options: dict[str, Any] = {"enable_thinking": False} if enable_thinking is False else {}
-    template = dated_template(tokenizer.get_chat_template(tools=tools or None), day)
+    template = dated_template(tokenizer.get_chat_template(tools=offered or None), day)
 
     def render(messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
         try:
-            return tokenizer.apply_chat_template(
+            rendered = tokenizer.apply_chat_template(
                 messages,
-                tools=tools or None,
+                tools=offered or None,
                 chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 tokenize=False,
                 **options,
             )
+            return str(rendered)
         except Exception as error:  # a template is a program of its own and may raise anything
             reason = " ".join(str(error).split())[:80]
             raise Unusable(f"refused by the chat template ({reason}); set `template`, or take such turns out") from None

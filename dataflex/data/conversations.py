@@ -252,7 +252,7 @@ def _whole(messages: Sequence[tuple[_Turn, Message]]) -> list[Message]:
 def _content(turn: _Turn, missing: str | None = None) -> str:
     """What a turn says; text parts are joined by line ends. `missing` stands for null, where null is allowed."""
     key = turn.tags.content
-    content = turn.fields.get(key)
+    content = turn.fields.get(key) if key is not None else None
     if isinstance(content, list):
         return "\n".join(_text_of_part(turn, part) for part in content)
     if content is None and (turn.role == OBSERVATION or (turn.role in RESPONSE_ROLES and _thought(turn))):

@@ -95,7 +95,9 @@ def load_split(
     made_from = {**facts, "split": split if config.val_size else None}
 
     def make() -> Iterator[pyarrow.RecordBatch]:
-        places = pick_rows(sources, [count_records(source) for source in sources], config.max_samples, config.seed)
+        places: Sequence[Sequence[int]] = pick_rows(
+            sources, [count_records(source) for source in sources], config.max_samples, config.seed
+        )
         if config.val_size:
             places = hold_out(places, config.val_size, config.seed, split)
         with progress.task("tokenizing", sum(map(len, places)), "rows") as task:

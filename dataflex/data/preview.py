@@ -27,7 +27,7 @@ def spans(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
     """The whole row decoded, special tokens included, cut where supervision begins and ends."""
     pairs = zip(example.input_ids, example.labels, strict=True)
     return [
-        Span(tokenizer.decode([token for token, _ in group], skip_special_tokens=False), supervised)
+        Span(str(tokenizer.decode([token for token, _ in group], skip_special_tokens=False)), supervised)
         for supervised, group in groupby(pairs, lambda pair: pair[1] != UNSUPERVISED)
     ]
 

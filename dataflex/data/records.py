@@ -142,6 +142,8 @@ def file_sizes(sources: Iterable[Source]) -> list[tuple[str, int]]:
 
 def files_of(source: Source) -> list[Path]:
     """The source's file, or the files of its folder by name."""
+    if source.path is None:
+        raise TypeError(f"dataset {source.name!r} is the hub's and has no files here")
     if not source.path.is_dir():
         return [source.path]
     paths = sorted(path for path in source.path.iterdir() if path.is_file() and not path.name.startswith("."))

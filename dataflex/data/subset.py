@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dataflex.data.catalog import recognise
@@ -91,7 +92,7 @@ def _reads_back(chosen: Sequence[tuple[Source, dict[str, Any]]]) -> bool:
     if not chosen:
         return True
     try:
-        direct = [recognise(source.name, source.path, record) for source, record in chosen]
+        direct = [recognise(source.name, Path(source.path or source.name), record) for source, record in chosen]
     except UsageError:
         return False
     if len({layout.formatting for layout in direct}) > 1:

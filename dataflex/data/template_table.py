@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 CONTENT = "{{content}}"
 EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
@@ -51,10 +52,15 @@ _IM_TOOL_RESPONSE = (
 )
 _IM_SYSTEM = "<|im_start|>system\n{{content}}<|im_end|>\n"
 _IM_ASSISTANT = "{{content}}<|im_end|>\n"
-_IM = {"user": (_IM_USER,), "assistant": (_IM_ASSISTANT,), "system": (_IM_SYSTEM,), "stop_words": ("<|im_end|>",)}
-_QWEN3 = {**_IM, "observation": (_IM_TOOL_RESPONSE,), "replace_eos": True, "tool_format": "qwen"}
+_IM: dict[str, Any] = {
+    "user": (_IM_USER,),
+    "assistant": (_IM_ASSISTANT,),
+    "system": (_IM_SYSTEM,),
+    "stop_words": ("<|im_end|>",),
+}
+_QWEN3: dict[str, Any] = {**_IM, "observation": (_IM_TOOL_RESPONSE,), "replace_eos": True, "tool_format": "qwen"}
 _LLAMA3_ASSISTANT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-_GEMMA = {
+_GEMMA: dict[str, Any] = {
     "user": ("<start_of_turn>user\n{{content}}<end_of_turn>\n<start_of_turn>model\n",),
     "assistant": ("{{content}}<end_of_turn>\n",),
     "system": ("{{content}}\n\n",),
@@ -157,3 +163,6 @@ TEMPLATES: dict[str, Template] = {
         default_system="You are Zephyr, a helpful assistant.",
     ),
 }
+
+# Templates whose wording is nobody's default: a tokenizer's own chat template gives way to them, as in LLaMA-Factory.
+REPLACING = ("alpaca", "chatml", "default", "vicuna")

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dataflex.data.chat_formats import REPLACING
 from dataflex.data.conversations import (
     ASSISTANT,
     FUNCTION,
@@ -25,7 +24,7 @@ from dataflex.data.conversations import (
     Message,
     Unusable,
 )
-from dataflex.data.template_table import CONTENT, EMPTY_THOUGHT, TEMPLATES, Slot, Template
+from dataflex.data.template_table import CONTENT, EMPTY_THOUGHT, REPLACING, TEMPLATES, Slot, Template
 from dataflex.data.tools import THOUGHT, function_text, tool_prompt
 from dataflex.errors import UsageError
 
@@ -139,7 +138,10 @@ def encode_turns(
         if place == 0:
             system = _system_slot(template, conversation, day)
             if template.system_in_user:
-                opening, content = template.prefix, "".join(system[:1]) + content
+                opening, content = (
+                    template.prefix,
+                    "".join(part for part in system[:1] if isinstance(part, str)) + content,
+                )
             else:
                 opening = template.prefix + system
         try:

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from dataflex import processes
+from dataflex.config import needed
 from dataflex.cost import free_memory, shape_of, token_budget_for
 from dataflex.data.batches import collate
 from dataflex.data.examples import Example
@@ -58,7 +59,7 @@ class ForwardState:
         for module, buffers, values in self.parts:
             vars(module).update(values)
             for name, buffer in buffers.items():
-                module._buffers[name] = buffer.restored(module._buffers[name])
+                module._buffers[name] = buffer.restored(needed(module._buffers[name]))
 
     def is_like(self, other: ForwardState) -> bool:
         """Whether both have the same in their buffers; buffers that grew, as a table of masks, are not compared."""
@@ -354,7 +355,8 @@ def _fused(watch: _Watch) -> Iterator[None]:
     """The layer's own arithmetic as one function of its input, which shares what both directions need."""
     module = watch.pair.module
     start = torch.empty(0, requires_grad=True)  # the first adapted layers: the graph starts here, not below
-    module.forward = lambda x, *args, **kwargs: _AdaptedLinear.apply(x, start, watch)
+    run: Any = _AdaptedLinear.apply
+    module.forward = lambda x, *args, **kwargs: run(x, start, watch)
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dataflex import processes
-from dataflex.config import MARKS, RunConfig, require, values_of
+from dataflex.config import MARKS, RunConfig, needed, require, values_of
 from dataflex.data.examples import Split, dated, load_split, split_names
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import check_output_file
@@ -46,16 +46,16 @@ def grads(config: RunConfig, progress: Progress = SILENT) -> Path:
     """
     dataset_key = "eval_dataset" if config.split == "eval" else "dataset"
     require(config, "grads", dataset_key)
-    if len(config.checkpoint) != 1:
-        raise UsageError(f"grads takes one checkpoint, not {len(config.checkpoint)}; write a store for each")
+    if len(needed(config.checkpoint)) != 1:
+        raise UsageError(f"grads takes one checkpoint, not {len(needed(config.checkpoint))}; write a store for each")
     if config.proj_dim is None and projector_class(config.projector).needs_dim:
         raise UsageError("proj_dim null means exact scores without a store; use `score --exact`, or projector=none")
-    path = Path(config.output)
+    path = Path(needed(config.output))
     check_output_file(path, overwrite=True)
 
     processes.join(config.ddp_timeout)
     config = dated(config, None if config.overwrite else _kept_day(path))
-    checkpoint = Path(config.checkpoint[0])
+    checkpoint = Path(needed(config.checkpoint)[0])
     tokenizer = load_tokenizer(config)
     split = load_split(config, tokenizer, config.split, progress)
     capture = checkpoint_capture(config, checkpoint, tokenizer.pad_token_id)
@@ -104,7 +104,7 @@ def collect(
         if config.token_budget is None:  # the memory that is free now may ask for another cut
             capture = replace(capture, token_budget=store.manifest.token_budget or capture.token_budget)
         done = store.done.astype(bool)
-        bad = [split.examples[index] for index in np.flatnonzero(store.bad)]
+        bad = [split.examples[index] for index in np.flatnonzero(store.bad).tolist()]
     if bad and not config.skip_bad_rows:
         raise DataflexError(f"gradient store {path}: {name_bad_rows(bad)}; give --skip-bad-rows, or --overwrite")
     batches = [batch for batch in batches_of(capture, split.examples, manifest.proj_dim) if not done[batch].all()]
@@ -170,7 +170,7 @@ def manifest_of(
         "adam_formula": config.adam_formula if gradient_type == "adam" else None,
         "moments": moments_fingerprint(moments) if gradient_type == "adam" and moments is not None else None,
         "projector_device": projector.manifest_device(),
-        "proj_dim": projector.width(capture.parameters, config.proj_dim),
+        "proj_dim": projector.width(capture.parameters, config.proj_dim or 0),
         "store_dtype": config.store_dtype,
         "parameters": [[slot.name, slot.size] for slot in capture.slots],
         "token_budget": capture.token_budget,

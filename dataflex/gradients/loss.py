@@ -60,7 +60,9 @@ def chunked_losses(
     with _head_input(head, lambda hidden: hidden[:1, :1]) as seen:
         model(input_ids=input_ids, use_cache=False)
     hidden = seen[0].flatten(0, 1).index_select(0, index)
-    return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, targets)
+    return _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call] # torch leaves Function.apply untyped
+        hidden, head.weight, head.bias, targets
+    )
 
 
 def supervised_losses(

@@ -22,6 +22,7 @@ from dataflex.gradients.capture import (
     row_gradients,
 )
 from dataflex.gradients.loss import row_losses, whole_losses
+from dataflex.lora import Slot
 from dataflex.progress import SILENT, Progress
 
 # Relative differences that rounding explains: of a row's losses, and of its gradient taken in two ways.
@@ -173,6 +174,10 @@ def _first_gradient(capture: Capture, rows: list[Example]) -> torch.Tensor:
     """The flat gradient [P] of the first of `rows`, taken from a batch of them all."""
     flat = torch.zeros(capture.parameters, device=capture.device)
     position_losses = capture.position_losses
+
+    def keep(slot: Slot, gradient: torch.Tensor) -> None:
+        flat[slot.offset : slot.offset + slot.size] = gradient[0]
+
     with capture.running():
         values = [(a.to(capture.device), b.to(capture.device)) for a, b in adapter_values(capture.pairs)]
         row_gradients(
@@ -181,7 +186,7 @@ def _first_gradient(capture: Capture, rows: list[Example]) -> torch.Tensor:
             capture.slots,
             values,
             *capture.inputs(rows),
-            lambda slot, gradient: flat[slot.offset : slot.offset + slot.size].copy_(gradient[0]),
+            keep,
             position_losses=position_losses,
             fused=capture.fused,
         )

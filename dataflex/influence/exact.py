@@ -3,6 +3,8 @@ dotted with them while it passes. No store, no approximation, less work than any
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -21,8 +23,8 @@ from dataflex.projection.queries import Queries
 
 def exact_cosines(
     capture: Capture,
-    train: list[Example],
-    validation: list[Example],
+    train: Sequence[Example],
+    validation: Sequence[Example],
     train_direction: Direction,
     validation_direction: Direction,
     progress: Progress = SILENT,

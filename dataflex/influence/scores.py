@@ -106,11 +106,19 @@ def influence(cosines: Sequence[np.ndarray], weights: Sequence[float], how: str)
     Returns:
         scores [N], and the weighted sums by subtask [S, N]; float64.
     """
-    total = sum(weight * values.astype(np.float64) for weight, values in zip(weights, cosines, strict=True))
+    total = _weighted_sum(weights, cosines)
     if how == "round-robin":
         return round_robin(total), total
     reduced = [reduce_subtasks(values.astype(np.float64), how) for values in cosines]
-    return sum(weight * values for weight, values in zip(weights, reduced, strict=True)), total
+    return _weighted_sum(weights, reduced), total
+
+
+def _weighted_sum(weights: Sequence[float], values: Sequence[np.ndarray]) -> np.ndarray:
+    """Σ weight · value in float64."""
+    total = np.zeros(values[0].shape)
+    for weight, value in zip(weights, values, strict=True):
+        total += weight * value.astype(np.float64)
+    return total
 
 
 def scores_of(
@@ -172,8 +180,13 @@ def read_scores(path: str | Path) -> Scores:
     seen: set[int] = set()
     for number, record in enumerate(read_jsonl(path, "scores"), start=1):
         row, score = record.get("row"), record.get("score")
-        whole = isinstance(row, int) and not isinstance(row, bool) and row >= 0
-        if not whole or isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        if (
+            type(row) is not int
+            or row < 0
+            or isinstance(score, bool)
+            or not isinstance(score, (int, float))
+            or not math.isfinite(score)
+        ):
             raise UsageError(
                 f'scores {path}, record {number}: expected {{"row": 17, "score": 0.01}}, found {str(record)[:80]}'
             )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dataflex import processes
-from dataflex.config import RunConfig, require
+from dataflex.config import RunConfig, needed, require
 from dataflex.data.examples import dated, load_split
 from dataflex.errors import UsageError
 from dataflex.files import check_output_file
@@ -30,7 +30,7 @@ def score(config: RunConfig, progress: Progress = SILENT) -> Path:
     `train_stores` and `eval_stores`, paired in order.
     """
     require(config, "score")
-    path = check_output_file(config.output, config.overwrite)
+    path = check_output_file(needed(config.output), config.overwrite)
     if config.exact and (config.train_stores or config.eval_stores):
         raise UsageError("exact scores need no stores; give either --exact with --checkpoint, or --train and --eval")
     scores, came_from = _exact_scores(config, progress) if config.exact else _stored_scores(config, progress)
@@ -47,7 +47,7 @@ def score(config: RunConfig, progress: Progress = SILENT) -> Path:
 
 def _stored_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[str, Any]]:
     require(config, "score", "train_stores", "eval_stores")
-    pairs = open_pairs(config.train_stores, config.eval_stores)
+    pairs = open_pairs(needed(config.train_stores), needed(config.eval_stores))
     weights = parse_weights(config.weights, [train.manifest.learning_rate or 0.0 for train, _ in pairs])
     results = [stored_cosines(train, validation, progress) for train, validation in pairs]
     total, by_subtask = influence([cosines for _, cosines in results], weights, config.reduce)
@@ -66,7 +66,7 @@ def _stored_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[
 def _exact_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[str, Any]]:
     require(config, "score --exact", "model_name_or_path", "dataset", "eval_dataset", "checkpoint")
     processes.join(config.ddp_timeout)
-    checkpoints = [Path(checkpoint) for checkpoint in config.checkpoint]
+    checkpoints = [Path(checkpoint) for checkpoint in needed(config.checkpoint)]
     moments = [load_moments(checkpoint) for checkpoint in checkpoints]
     rates = [held.learning_rate if held else config.learning_rate for held in moments]
     weights = parse_weights(config.weights, rates)
@@ -94,4 +94,4 @@ def _exact_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[s
         )
     total, by_subtask = influence(cosines, weights, config.reduce)
     came_from = {"files": splits[0].files, "weights": weights, "checkpoints": made}
-    return scores_of(train, len(config.dataset) > 1, names, total, by_subtask), came_from
+    return scores_of(train, len(needed(config.dataset)) > 1, names, total, by_subtask), came_from

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataflex.config import RunConfig, require
+from dataflex.config import RunConfig, needed, require
 from dataflex.data.catalog import find_sources
 from dataflex.data.records import data_hash, read_records
 from dataflex.data.subset import subset_records
@@ -38,7 +38,9 @@ def choose(
         if not len(order):
             raise UsageError(f"no row scores {threshold} or more; the best scores {scores.score.max():.6g}")
         return order
-    wanted = count if count is not None else max(1, int(round(top * len(order), 9)))
+    wanted = count if top is None else max(1, int(round(top * len(order), 9)))
+    if wanted is None:
+        raise TypeError("one of the rules is given")
     if wanted > len(order):
         raise UsageError(f"count {wanted} is more than the {len(order)} scored rows; lower it")
     return order[:wanted]
@@ -47,16 +49,16 @@ def choose(
 def select(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Write the best rows of `data`, as they stand in their source, into the subset `output`; return its path."""
     require(config, "select")
-    names = config.data or config.dataset
-    if not names:
+    if not (config.data or config.dataset):
         require(config, "select", "data")
-    path = check_output_file(config.output, config.overwrite)
-    scores = read_scores(config.scores)
+    names = config.data or needed(config.dataset)
+    path = check_output_file(needed(config.output), config.overwrite)
+    scores = read_scores(needed(config.scores))
     chosen = choose(scores, top=config.top, count=config.count, threshold=config.threshold)
 
     sources = find_sources(names, config.dataset_dir)
     files = data_hash(sources)
-    manifest = read_manifest(Path(config.scores), len(scores.row), progress)
+    manifest = read_manifest(Path(needed(config.scores)), len(scores.row), progress)
     if manifest is not None and manifest.get("files") not in (None, files):
         raise UsageError(
             f"scores {config.scores} were made from other data than {', '.join(names)}: its files had the hash "
@@ -77,7 +79,7 @@ def select(config: RunConfig, progress: Progress = SILENT) -> Path:
         "command": "select",
         **{rule: getattr(config, rule) for rule in ("top", "count", "threshold")},
         "files": files,
-        "scores": manifest or {"sha256": sha256_of(config.scores)},
+        "scores": manifest or {"sha256": sha256_of(needed(config.scores))},
     }
     write_with_manifest(path, lambda: write_jsonl(path, records), len(records), came_from)
     progress.say(

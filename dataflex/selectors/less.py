@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from dataflex import processes
+from dataflex.config import needed
 from dataflex.files import atomic
 from dataflex.gradients.collect import collect
 from dataflex.gradients.direction import make_direction
@@ -68,8 +69,9 @@ def _stored(situation: Situation) -> tuple[list[str], np.ndarray]:
             situation.config, situation.capture, split, name, situation.moments, path, situation.progress, cache=True
         )
         paths.append(path)
-    if processes.rank() > 0:
-        return processes.broadcast(None)
-    [(train, validation)] = open_pairs([paths[1]], [paths[0]])
-    with train, validation:
-        return processes.broadcast(stored_cosines(train, validation, situation.progress))
+    found: tuple[list[str], np.ndarray] | None = None
+    if processes.rank() == 0:
+        [(train, validation)] = open_pairs([paths[1]], [paths[0]])
+        with train, validation:
+            found = stored_cosines(train, validation, situation.progress)
+    return needed(processes.broadcast(found))

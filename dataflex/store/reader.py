@@ -196,7 +196,7 @@ class GradientStore:
 
 def _read_fully(handle: int, into: np.ndarray, place: int) -> None:
     """Fill an array from a place in a file. Raises an OSError where the file ends before it is full."""
-    room = memoryview(into.reshape(-1).view(np.uint8))
+    room = memoryview(into.reshape(-1).view(np.uint8).data)
     while room:
         got = os.preadv(handle, [room], place)
         if not got:

@@ -91,8 +91,8 @@ def check_loaded(checkpoint: Path, step: int, moments: AdamMoments, learning_rat
     elif any(found != rate for found in learning_rates):
         problem = f"the next learning rate is {learning_rates[0]} and {learning_rates[-1]}, not {rate}"
     elif moments.steps != wanted.steps:
-        name = next(name for name in wanted.steps if moments.steps.get(name) != wanted.steps[name])
-        problem = f"the optimizer has taken {moments.steps.get(name)} steps at {name}, not {wanted.steps[name]}"
+        odd = next(name for name in wanted.steps if moments.steps.get(name) != wanted.steps[name])
+        problem = f"the optimizer has taken {moments.steps.get(odd)} steps at {odd}, not {wanted.steps[odd]}"
     else:
         for kind in ("exp_avg", "exp_avg_sq"):
             found, kept = getattr(moments, kind), getattr(wanted, kind)
@@ -107,7 +107,7 @@ def check_loaded(checkpoint: Path, step: int, moments: AdamMoments, learning_rat
 def no_code_from_disk(deepspeed: bool) -> Iterator[None]:
     """While the block runs, `torch.load` reads tensors and plain values, whatever its caller asks for: a pickle that
     names anything else is refused. DeepSpeed asks for more; its checkpoints hold a few records of its own beside."""
-    records: list[type] = []
+    records: list[Any] = []
     if deepspeed:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum

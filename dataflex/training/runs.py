@@ -17,7 +17,7 @@ import torch
 from transformers import TrainingArguments
 
 from dataflex import processes
-from dataflex.config import RunConfig, require
+from dataflex.config import RunConfig, needed, require
 from dataflex.data.examples import Split, dated, load_split
 from dataflex.files import check_output_dir
 from dataflex.fingerprints import adapter_fingerprint, base_model_fingerprint
@@ -62,13 +62,13 @@ def warmup(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Train for `warmup_step` steps (or `max_steps`) on random rows; return the last checkpoint's folder."""
     steps = warmup_steps(config)
     _train_on_random_rows(config, "warmup", progress, lambda split: steps)
-    return Path(config.output_dir) / f"checkpoint-{steps}"
+    return Path(needed(config.output_dir)) / f"checkpoint-{steps}"
 
 
 def train(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Train for `num_train_epochs` passes over `dataset` (or `max_steps`); return `output_dir`."""
     _train_on_random_rows(config, "train", progress, lambda split: training_steps(config, len(split.examples)))
-    return Path(config.output_dir)
+    return Path(needed(config.output_dir))
 
 
 def _train_on_random_rows(
@@ -113,7 +113,7 @@ def load_run(
     if already_finished(config, came_from, progress):
         return None
     args = training_arguments(config, steps)
-    checkpoint = None if _afresh(config) else last_checkpoint(Path(config.output_dir))
+    checkpoint = None if _afresh(config) else last_checkpoint(Path(needed(config.output_dir)))
     if checkpoint is not None:
         check_method(checkpoint, method_of_arguments(args), lambda: draws_random_numbers(config))
     with watch.phase("model"):
@@ -133,7 +133,7 @@ def begin(run: Run) -> Iterator[RunRecord]:
     """
     with open_record(run.config, run.came_from) as record:
         if processes.rank() == 0:
-            output_dir = Path(run.config.output_dir)
+            output_dir = Path(needed(run.config.output_dir))
             step = step_of(last_checkpoint(output_dir))
             forget_later(output_dir, step)
             if step:
@@ -177,7 +177,7 @@ def finish(
 ) -> None:
     """Draw the loss, and put on record that the run is finished."""
     if run.config.plot_loss and processes.rank() == 0:
-        plot_loss(history, selection_steps, Path(run.config.output_dir) / "training_loss.png")
+        plot_loss(history, selection_steps, Path(needed(run.config.output_dir)) / "training_loss.png")
     record.note(finished=True, seconds=run.watch.seconds, steps=run.args.max_steps, **facts)
     processes.barrier()
 
@@ -188,7 +188,7 @@ def _afresh(config: RunConfig) -> bool:
 
 def check_run_folder(config: RunConfig) -> None:
     """Raise a UsageError unless `output_dir` is new, holds a run that may go on, or may be overwritten."""
-    folder = Path(config.output_dir)
+    folder = Path(needed(config.output_dir))
     check_output_dir(folder, "output_dir", was_begun(folder) or _afresh(config))
     if _afresh(config):
         return
@@ -201,7 +201,7 @@ def check_run_folder(config: RunConfig) -> None:
 def dated_run(config: RunConfig) -> RunConfig:
     """`config` with the day that dated prompts tell: a run that is taken up again keeps the day on which it began,
     and all processes have the first one's."""
-    record = None if _afresh(config) else read_record(Path(config.output_dir))
+    record = None if _afresh(config) else read_record(Path(needed(config.output_dir)))
     day = record.facts.get("prompt_date") if record else None
     return dated(config, processes.broadcast(day or str(datetime.date.today())))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from dataflex import processes
-from dataflex.config import RunConfig
+from dataflex.config import RunConfig, needed
 from dataflex.data.batches import collate
 from dataflex.data.chat_formats import set_chat
 from dataflex.data.examples import Example
@@ -46,7 +46,7 @@ class RowTrainer(Trainer):
     def __init__(
         self,
         *,
-        examples: list[Example],
+        examples: Sequence[Example],
         rows_of: RowsOf,
         before_step: Callable[[int], None],
         steps_per_epoch: int,
@@ -59,9 +59,10 @@ class RowTrainer(Trainer):
         self.steps_per_epoch = steps_per_epoch
         self.remove_callback(PrinterCallback)
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         """As many batches as an epoch has; they only count, `get_batch_samples` brings the rows."""
-        return DataLoader(range(self.steps_per_epoch * self.args.gradient_accumulation_steps))
+        count: Any = range(self.steps_per_epoch * self.args.gradient_accumulation_steps)
+        return DataLoader(count)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The batches of the step about to be taken, this process's share of its rows."""
@@ -72,7 +73,8 @@ class RowTrainer(Trainer):
     def _batches(self, rows: list[int]) -> Iterator[dict[str, torch.Tensor]]:
         size, world = self.args.per_device_train_batch_size, self.args.world_size
         for start in range(self.args.process_index * size, len(rows), world * size):
-            yield self.data_collator([self.examples[index] for index in rows[start : start + size]])
+            batch: list[Any] = [self.examples[index] for index in rows[start : start + size]]
+            yield self.data_collator(batch)
 
 
 class LiveOptimizer(TrainerCallback):
@@ -191,13 +193,13 @@ def fit(
     args: TrainingArguments,
     model: torch.nn.Module,
     tokenizer: Any,
-    examples: list[Example],
+    examples: Sequence[Example],
     *,
     steps_per_epoch: int,
     rows_of: RowsOf,
     before_step: BeforeStep = lambda step, moments: None,
     progress: Progress,
-    eval_examples: list[Example] | None = None,
+    eval_examples: Sequence[Example] | None = None,
     save_at: Collection[int] = (),
 ) -> list[dict[str, Any]]:
     """Train `model`'s adapter, save it with its tokenizer and logs in `output_dir`, and return the log history.
@@ -208,7 +210,7 @@ def fit(
         args: `training_arguments(config, steps)`; made before the model, which ZeRO-3 shares out while it loads.
         save_at: steps after which a checkpoint is written besides those that `save_steps` names.
     """
-    output_dir = Path(config.output_dir)
+    output_dir = Path(needed(config.output_dir))
     checkpoint = last_checkpoint(output_dir)
     moments = load_moments(checkpoint) if checkpoint else None
     pad_token_id = tokenizer.pad_token_id

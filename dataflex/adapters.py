@@ -110,8 +110,11 @@ def _read_config(folder: Path) -> LoraConfig:
             "install a newer peft, or remove the key if the adapter does not need it"
         )
     for key in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters"):
-        if isinstance(values.get(key), list):
-            values[key] = [_bare(str(name)) for name in values[key]]
+        named = values.get(key)
+        if not isinstance(named, str | list | None) or not all(isinstance(name, str) for name in named or []):
+            raise UsageError(f"{what}: {key} must be names of modules; copy the adapter again from where it was made")
+        if isinstance(named, list):
+            values[key] = [_bare(name) for name in named]
     if not _is_count(values.get("r", 8)) or not isinstance(values.get("lora_alpha", 8), int | float):
         raise UsageError(f"{what}: r must be a whole number above 0 and lora_alpha a number; copy the adapter again")
     try:
@@ -150,8 +153,10 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise UsageError(f"{what} is not a table of named tensors; save the adapter with PEFT's save_pretrained")
     tensors: dict[str, torch.Tensor] = {}
     for key, tensor in found.items():
+        if ".original_module." in key:
+            continue  # the base's, in whose place one of modules_to_save stands
         name = plain_name(key)
-        if name in tensors:
+        if name in tensors and not torch.equal(tensors[name], tensor):
             raise UsageError(f"{what} holds two adapters, for {key} is there twice; save one of them by itself")
         if not tensor.numel() or (re.search(r"\.lora_[AB]\.weight$", name) and tensor.ndim < 2):
             raise UsageError(
@@ -168,7 +173,8 @@ def plain_name(key: str) -> str:
     """A tensor's name as PEFT writes it to disk, from one that wrappers and a live model's adapter name lengthened."""
     name = re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)", "", key).lstrip(".")
     name = re.sub(r"\.modules_to_save(\.default)?(?=\.)", "", _bare(name))
-    return PREFIX + re.sub(r"(\.(?:lora|trainable_tokens)_\w+)\.default(?=\.|$)", r"\1", name)
+    name = re.sub(r"(\.(?:lora|trainable_tokens)_\w+)\.default(?=\.|$)", r"\1", name)
+    return PREFIX + re.sub(r"(\.lora_magnitude_vector)\.weight$", r"\1", name)
 
 
 def _bare(name: str) -> str:
@@ -224,9 +230,9 @@ def put_on(
         if sizes:
             why = f"{plain_name(sizes[1])} is {sizes[2]}, but the model needs {sizes[3]}"
         raise _misfit(adapter, why) from error
-    if result.unexpected_keys:
-        name = plain_name(result.unexpected_keys[0]).removeprefix(PREFIX)
-        raise _misfit(adapter, f"it adapts {name}, which the model lacks")
+    strange = [name for key in result.unexpected_keys if not _is_tied_copy(name := plain_name(key), adapter)]
+    if strange:
+        raise _misfit(adapter, f"it adapts {strange[0].removeprefix(PREFIX)}, which the model lacks")
     expected = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     missing = [name for key in result.missing_keys if (name := plain_name(key)) in expected]
     if missing:
@@ -236,11 +242,25 @@ def put_on(
     return wrapped
 
 
+def _is_tied_copy(name: str, adapter: Adapter) -> bool:
+    """Whether the tensor `name` repeats the rows that the embedding, which the head is tied to, was trained with."""
+    kind = ".token_adapter.trainable_tokens_delta"
+    return name.endswith(kind) and any(
+        other != name and other.endswith(kind) and torch.equal(tensor, adapter.tensors[name])
+        for other, tensor in adapter.tensors.items()
+    )
+
+
+def _base_name(name: str) -> str:
+    """What a tensor's name is in the base model, where it names a tensor of that."""
+    return re.sub(r"(\.token_adapter)?\.base_layer(?=\.)", "", name.removeprefix(PREFIX))
+
+
 def _base_tensors(model: nn.Module, adapter: Adapter) -> Iterator[tuple[str, nn.Parameter]]:
     """The adapter's tensors that take the place of a parameter of `model`: their names, and that parameter."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in adapter.tensors:
-        parameter = parameters.get(name.removeprefix(PREFIX).replace(".base_layer.", "."))
+        parameter = parameters.get(_base_name(name))
         if parameter is not None:
             yield name, parameter
 
@@ -293,12 +313,11 @@ def _fit_vocabulary(model: PreTrainedModel, adapter: Adapter) -> None:
     names = {name: module for name, module in model.named_modules() if module is embedding or module is head}
     wanted, brought = rows, []
     for name, module in names.items():
-        whole = [f"{PREFIX}{name}{inner}.weight" for inner in ("", ".base_layer")]
+        whole = [key for key in adapter.tensors if _base_name(key) == f"{name}.weight"]
         axes = {**dict.fromkeys(whole, 0), f"{PREFIX}{name}.lora_embedding_A": 1, f"{PREFIX}{name}.lora_B.weight": 0}
         sizes = [adapter.tensors[key].shape[axis] for key, axis in axes.items() if key in adapter.tensors]
         wanted = next((size for size in sizes if size != rows), wanted)
-        if any(key in adapter.tensors for key in whole):
-            brought.append(module)
+        brought += [module] if whole else []
     trained = adapter.config.trainable_token_indices or []
     by_module = trained if isinstance(trained, dict) else {"": trained}
     beyond = {index for indices in by_module.values() for index in indices if index >= rows}

@@ -100,9 +100,9 @@ def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
             tokenizer.padding_side = "left"  # for generation
             tokenizer.save_pretrained(folder)
         write_text(folder / "Modelfile", ollama_modelfile(chat, tokenizer))
-        place = model.device
+        place, dtype = model.device, model.dtype
         del model  # two of them may be more than there is room for
-        difference = check_export(folder, probe, config, place)
+        difference = check_export(folder, probe, config, place, dtype)
         progress.say(f"read back: {difference}")
         write_text(folder / CARD, merged_card(config, difference))
         make_ordinary(*(path for path in folder.iterdir() if path.is_file()))
@@ -152,7 +152,7 @@ class Probe:
             return model.eval()(input_ids=tokens, use_cache=False).logits.float().cpu()
 
 
-def check_export(folder: Path, probe: Probe, config: RunConfig, place: torch.device) -> str:
+def check_export(folder: Path, probe: Probe, config: RunConfig, place: torch.device, dtype: torch.dtype) -> str:
     """Load `folder` as plain transformers does and hold it against what was merged and against its configuration.
 
     Returns:
@@ -174,8 +174,8 @@ def check_export(folder: Path, probe: Probe, config: RunConfig, place: torch.dev
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
     if head is not None and bool(getattr(model.config, "tie_word_embeddings", tied)) != tied:
         wrong.append(f"tie_word_embeddings {not tied}")
-    if {parameter.dtype for parameter in model.parameters()} != {model.config.dtype}:
-        wrong.append(f"dtype {model.config.dtype}")
+    if {parameter.dtype for parameter in model.parameters()} != {dtype}:
+        wrong.append(f"dtype {model.config.dtype} for weights of {dtype}")
     strange = [token for token in _as_list(model.generation_config.eos_token_id) if token >= rows]
     if strange:
         wrong.append(f"eos_token_id {strange[0]} for {rows} embeddings")

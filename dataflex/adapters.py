@@ -182,14 +182,6 @@ def _bare(name: str) -> str:
     return re.sub(rf"^(?:module\.|{re.escape(PREFIX)})+", "", name)
 
 
-def check_adapter_fits(model: PreTrainedModel, path: str | Path) -> None:
-    """Raise a UsageError unless the adapter in `path` can be put on a model like `model`, which stays as it is."""
-    adapter = read_adapter(path)
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # torch warns that a tensor without numbers takes none
-        put_on(type(model)(deepcopy(model.config)), adapter)
-
-
 def _misfit(adapter: Adapter, why: str) -> UsageError:
     base = adapter.config.base_model_name_or_path
     known = f", which {CONFIG_FILE} calls {base}" if base else ""
@@ -345,13 +337,15 @@ def _fit_vocabulary(model: PreTrainedModel, adapter: Adapter) -> None:
 # --- folding ----------------------------------------------------------------------------------
 
 
-def fold(model: PreTrainedModel, adapter: Adapter, look: Callable[[PeftModel], None] | None = None) -> PreTrainedModel:
+def fold(
+    model: PreTrainedModel, adapter: Adapter, look: Callable[[PeftModel, Adapter], None] | None = None
+) -> PreTrainedModel:
     """`model` with one adapter folded in, each layer's sum taken in float32 and rounded to the layer's dtype.
 
     Layer by layer, so that no more than one of them is held in float32 beside the model.
 
     Args:
-        look: is shown base + adapter before anything is merged.
+        look: is shown base + adapter, and the adapter, before anything is merged.
 
     Raises:
         UsageError: if the adapter does not fit the model, cannot be merged, or the model is quantized.
@@ -362,16 +356,12 @@ def fold(model: PreTrainedModel, adapter: Adapter, look: Callable[[PeftModel], N
 
     if getattr(model, "is_quantized", False):
         raise UsageError(f"adapter {adapter.path}: the base model is quantized; name the model it was quantized from")
-    for key, why in UNMERGEABLE.items():
-        if getattr(adapter.config, key, None):
-            raise UsageError(f"adapter {adapter.path} cannot be merged: {key} is set, and {why}; serve it with PEFT")
+    check_kind(adapter)
     changed = any(not _same(parameter, adapter.tensors[name]) for name, parameter in _base_tensors(model, adapter))
     wrapped = put_on(model, adapter)
-    _check_mergeable(wrapped, adapter)
     if look is not None:
-        look(wrapped)
-    _untie(wrapped)
-    _check_unshared(wrapped, adapter)
+        look(wrapped, adapter)
+    _make_ready(wrapped, adapter)
     for name, layer in wrapped.named_modules():
         if isinstance(layer, ModulesToSaveWrapper):
             layer.modules_to_save.to(next(layer.original_module.parameters()).dtype)
@@ -384,6 +374,23 @@ def fold(model: PreTrainedModel, adapter: Adapter, look: Callable[[PeftModel], N
     merged = wrapped.unload()
     _settle_tie(merged)
     return merged
+
+
+def check_kind(adapter: Adapter) -> None:
+    """Raise a UsageError where the adapter is of a kind that no merged model can express."""
+    for key, why in UNMERGEABLE.items():
+        if getattr(adapter.config, key, None):
+            raise UsageError(f"adapter {adapter.path} cannot be merged: {key} is set, and {why}; serve it with PEFT")
+
+
+def check_foldable(model: PreTrainedModel, path: str | Path) -> None:
+    """Raise a UsageError unless the adapter in `path` can be folded into a model like `model`, which stays as it is
+    and may be one without numbers."""
+    adapter = read_adapter(path)
+    check_kind(adapter)
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # torch warns that a tensor without numbers takes none
+        _make_ready(put_on(type(model)(deepcopy(model.config)), adapter), adapter)
 
 
 def _merge_layer(layer: Any, what: str) -> bool:
@@ -408,7 +415,14 @@ def _merge_layer(layer: Any, what: str) -> bool:
     return changed
 
 
-def _check_mergeable(wrapped: PeftModel, adapter: Adapter) -> None:
+def _make_ready(wrapped: PeftModel, adapter: Adapter) -> None:
+    """Untie what the adapter tells apart, and refuse what a merged model cannot hold."""
+    _check_biases(wrapped, adapter)
+    _untie(wrapped)
+    _check_unshared(wrapped, adapter)
+
+
+def _check_biases(wrapped: PeftModel, adapter: Adapter) -> None:
     from peft.tuners.lora import LoraLayer
 
     for name, layer in wrapped.named_modules():

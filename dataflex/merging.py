@@ -11,19 +11,19 @@ import json
 import tempfile
 import warnings
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from dataflex.adapters import Adapter, check_adapter_fits, ends, fold, read_adapter, without_copies
+from dataflex.adapters import Adapter, check_foldable, check_kind, ends, fold, read_adapter, without_copies
 from dataflex.config import RunConfig, needed, require
 from dataflex.data.chat_formats import end_token, ollama_modelfile, set_chat
+from dataflex.data.templates import find_template
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import check_output_dir, disk_errors_of, make_ordinary, write_json, write_text
-from dataflex.model import device, load_base_model, load_tokenizer
+from dataflex.model import device, load_base_model, load_skeleton, load_tokenizer
 from dataflex.model_card import CARD, merged_card
 from dataflex.progress import SILENT, Progress
 
@@ -77,12 +77,12 @@ def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
     chat = set_chat(tokenizer, config.template)
     model = load_base_model(config.changed(flash_attn="auto"), "auto")  # other kernels may need a GPU
     for path in needed(config.adapter_name_or_path):
-        check_adapter_fits(model, path)
+        check_foldable(model, path)
     nn.Module.to(model, device() if config.export_device == "auto" else torch.device("cpu"))
     adapters = [without_copies(model, adapter) for adapter in adapters]
     probe = Probe()
     for adapter in adapters:
-        model = fold(model, adapter, look=partial(probe.look, adapter=adapter))
+        model = fold(model, adapter, look=probe.look)
         probe.compare(model, f"adapter {adapter.path}", model.dtype)
         progress.say(f"merged {adapter.path}")
     nn.Module.to(model, export_dtype(model.dtype))
@@ -112,8 +112,35 @@ def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
     return Path(needed(config.export_dir))
 
 
+def check_merge(config: RunConfig) -> list[str]:
+    """Raise a UsageError for what `merge` would refuse, as far as that shows without the weights or the network.
+
+    Returns:
+        what could not be found out, in words.
+    """
+    check_export_dir(config)
+    if config.template is not None:
+        find_template(config.template)
+    for path in needed(config.adapter_name_or_path):
+        check_kind(read_adapter(path))
+    try:
+        load_tokenizer(config, local_only=True)
+        model = load_skeleton(config, local_only=True)
+    except UsageError as error:
+        if (base := Path(needed(config.model_name_or_path))).exists() or base.is_absolute():
+            raise
+        return [f"whether the adapters fit: that shows with the base model. {error}"]
+    for path in needed(config.adapter_name_or_path):
+        check_foldable(model, path)
+    return []
+
+
 class Probe:
     """The logits of base + adapter on a few tokens, and how far a merged model's are from them."""
+
+    tokens: list[int]
+    expected: torch.Tensor
+    """[tokens, vocabulary] float32, on the CPU."""
 
     def look(self, wrapped: PeftModel, adapter: Adapter) -> None:
         """Keep what base + `adapter` say, on tokens from all over the vocabulary and on the rows it trained."""
@@ -148,8 +175,14 @@ class Probe:
 
     def _logits(self, model: nn.Module) -> torch.Tensor:
         tokens = torch.tensor([self.tokens], device=next(model.parameters()).device)
-        with torch.no_grad():
-            return model.eval()(input_ids=tokens, use_cache=False).logits.float().cpu()
+        try:
+            with torch.no_grad():
+                return model.eval()(input_ids=tokens, use_cache=False).logits[0].float().cpu()
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, ImportError) as error:
+            raise DataflexError(
+                f"the model does not run on {tokens.device} in {str(model.dtype).removeprefix('torch.')}, so that the "
+                "merged one cannot be checked; set export_device: auto where there is a GPU"
+            ) from error
 
 
 def check_export(folder: Path, probe: Probe, config: RunConfig, place: torch.device, dtype: torch.dtype) -> str:
@@ -161,9 +194,12 @@ def check_export(folder: Path, probe: Probe, config: RunConfig, place: torch.dev
     from transformers import AutoModelForCausalLM
 
     what = f"export_dir {config.export_dir}"
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True, trust_remote_code=config.trust_remote_code
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:  # whatever transformers or the model's own code raises
+        raise DataflexError(f"{what}: transformers cannot load what was written; report this") from error
     model, found = loaded
     wrong = [f"{kind.replace('_', ' ')} {sorted(map(str, names))[0]}" for kind, names in found.items() if names]
     rows = model.get_input_embeddings().weight.shape[0]
@@ -174,7 +210,7 @@ def check_export(folder: Path, probe: Probe, config: RunConfig, place: torch.dev
     tied = head is not None and getattr(head, "weight", None) is embedding.weight
     if head is not None and bool(getattr(model.config, "tie_word_embeddings", tied)) != tied:
         wrong.append(f"tie_word_embeddings {not tied}")
-    if {parameter.dtype for parameter in model.parameters()} != {dtype}:
+    if model.dtype != dtype:
         wrong.append(f"dtype {model.config.dtype} for weights of {dtype}")
     strange = [token for token in _as_list(model.generation_config.eos_token_id) if token >= rows]
     if strange:
@@ -257,7 +293,7 @@ def _fix_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if any(getattr(generation, key, None) not in neutral for key, neutral in SAMPLING.items()):
         generation.do_sample = True
     rows = model.get_input_embeddings().weight.shape[0]
-    stops = _as_list(generation.eos_token_id)
+    stops = [token for token in _as_list(generation.eos_token_id) if token < rows]
     for token in (tokenizer.eos_token, end_token(chat, tokenizer)):
         number = None if token is None else tokenizer.convert_tokens_to_ids(token)
         if isinstance(number, int) and number < rows and number not in stops:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dataflex.adapters import check_adapter_fits, fold, put_on, read_adapter, without_copies
+from dataflex.adapters import check_foldable, fold, put_on, read_adapter, without_copies
 from dataflex.config import RunConfig, needed, require
 from dataflex.environment import local_rank
 from dataflex.errors import UsageError
@@ -71,6 +71,15 @@ def load_model_config(config: RunConfig, local_only: bool = False) -> Pretrained
         return AutoConfig.from_pretrained(**model_source(config, local_only))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise _not_loadable(config, "configuration", error) from error
+
+
+def load_skeleton(config: RunConfig, local_only: bool = False) -> PreTrainedModel:
+    """The model without numbers: its layers and their shapes."""
+    from transformers import AutoModelForCausalLM
+
+    architecture = load_model_config(config, local_only)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -134,7 +143,7 @@ def load_frozen_model(config: RunConfig) -> PreTrainedModel:
             "adapter_name_or_path: under ZeRO-3 no adapter can be folded in; merge it into the model first"
         )
     for path in config.folded_adapters:
-        check_adapter_fits(model, path)
+        check_foldable(model, path)
     for adapter in [without_copies(model, read_adapter(path)) for path in config.folded_adapters]:
         model = fold(model, adapter)
     if config.upcast_layernorm:

@@ -44,7 +44,7 @@ def plan(config: RunConfig, command: str, progress: Progress = SILENT) -> Plan:
     """
     require(config, command)
     result = Plan(command, config.model_dump(mode="json", exclude_none=True))
-    _check_outputs(config, command)
+    _check_outputs(config, command, result)
     if command == "dynamic":
         make_selector(config.selector)
     splits = _load_splits(config, command, result, progress)
@@ -57,15 +57,15 @@ def plan(config: RunConfig, command: str, progress: Progress = SILENT) -> Plan:
     return result
 
 
-def _check_outputs(config: RunConfig, command: str) -> None:
+def _check_outputs(config: RunConfig, command: str, result: Plan) -> None:
     from dataflex.training.runs import check_run_folder
 
     if command in TRAINS:
         check_run_folder(config)
     elif command == "merge":
-        from dataflex.merging import check_export_dir
+        from dataflex.merging import check_merge
 
-        check_export_dir(config)
+        result.unknown += check_merge(config)
     elif command != "bench":
         check_output_file(needed(config.output), config.overwrite or command == "grads")
 

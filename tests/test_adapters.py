@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 import dataflex
 from dataflex import RunConfig, load_config
-from dataflex.adapters import check_adapter_fits, fold, read_adapter
+from dataflex.adapters import check_foldable, fold, read_adapter
 from dataflex.errors import DataflexError, UsageError
+from dataflex.merging import check_merge
 
 ROWS = 64
 SMALL = {
@@ -316,11 +317,13 @@ class TestAsFound:
         check(bases["tied"], adapter, dataflex.merge(merge_config(bases["tied"], adapter)))
 
     def refused(self, adapter: Path, base: Path, match: str) -> None:
+        """By a merge, and by the dry run of one."""
         config = merge_config(base, adapter)
-        with pytest.raises(UsageError, match=match) as caught:
-            dataflex.merge(config)
-        said = str(caught.value)
-        assert "\n" not in said and not said.endswith(":") and "Error" not in said
+        for run in (dataflex.merge, check_merge):
+            with pytest.raises(UsageError, match=match) as caught:
+                run(config)
+            said = str(caught.value)
+            assert "\n" not in said and not said.endswith(":") and "Error" not in said
         assert not Path(config.export_dir).exists()
 
     @pytest.mark.parametrize(
@@ -416,14 +419,14 @@ class TestAsFound:
         with pytest.raises(UsageError, match=r"q_proj: other layers share this weight.*serve the adapter with PEFT"):
             fold(model, read_adapter(adapter))
 
-    def test_a_dry_look_finds_what_a_merge_finds(self, adapter: Path, bases: dict[str, Path]) -> None:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(bases["tied"]))
-        check_adapter_fits(model, adapter)
-        assert not any("lora" in name for name, _ in model.named_modules())  # it stays as it is
+    def test_a_look_leaves_the_model_as_it_is(self, adapter: Path, bases: dict[str, Path]) -> None:
+        model = AutoModelForCausalLM.from_pretrained(bases["tied"])
+        check_foldable(model, adapter)
+        assert check_merge(merge_config(bases["tied"], adapter)) == []
+        assert not any("lora" in name for name, _ in model.named_modules())
         self.configure(adapter, r=8)
         with pytest.raises(UsageError, match="but the model needs"):
-            check_adapter_fits(model, adapter)
+            check_foldable(model, adapter)
 
 
 class TestReadingBack:
@@ -454,6 +457,7 @@ class TestReadingBack:
         [
             ("tie_word_embeddings", True, "tie_word_embeddings"),
             ("rms_norm_eps", 0.1, "the merged model is not base . adapter: logits differ"),
+            ("vocab_size", 65, "cannot load what was written"),
             ("num_hidden_layers", 1, "unexpected keys"),
             ("num_hidden_layers", 3, "missing keys"),
             ("dtype", "bfloat16", "dtype|not base"),

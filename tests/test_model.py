@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.neftune import activate_neftune
 
 from dataflex import RunConfig, load_config, load_examples, train
-from dataflex.adapters import check_adapter_fits, fold, read_adapter
+from dataflex.adapters import check_foldable, fold, read_adapter
 from dataflex.data.examples import load_split
 from dataflex.errors import UsageError
 from dataflex.fingerprints import base_model_fingerprint
@@ -170,7 +170,7 @@ class TestAdapter:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1))
         lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
         get_peft_model(model, lora).save_pretrained(tmp_path)
-        check_adapter_fits(AutoModelForCausalLM.from_config(model.config), tmp_path)
+        check_foldable(AutoModelForCausalLM.from_config(model.config), tmp_path)
 
 
 def split(config: RunConfig):

@@ -96,7 +96,7 @@ def _quoted(adapter: Path) -> str:
 def _head(base: str, library: str, tags: list[str]) -> str:
     """What the hub reads."""
     facts = {
-        "base_model": base,
+        "base_model": masked(base),
         "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": [*tags, "dataflex"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import date
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import dataflex
 from dataflex import RunConfig, load_config
 from dataflex.data.chat_formats import jinja_template, ollama_modelfile, read_template
+from dataflex.data.chat_tokenizer import set_chat
 from dataflex.data.template_table import TEMPLATES
 from dataflex.errors import DataflexError, UsageError
 from dataflex.merging import export_dtype
@@ -290,6 +292,52 @@ class TestChat:
         assert template.default_system == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
         written = (dataflex.merge(config.changed(template=None)) / "Modelfile").read_text()
         assert "<|im_start|>system\n{{ .System }}<|im_end|>" in written and "named SmolLM" in written
+
+    def test_generation_stops_where_training_taught_it_to(
+        self, config: RunConfig, tiny_model_dir: Path, tmp_path: Path
+    ):
+        base = tmp_path / "base"
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+        model.generation_config.eos_token_id = 0
+        model.save_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+        tokenizer.save_pretrained(base)
+        for template in (None, "smollm2", "chatml"):
+            folder = dataflex.merge(
+                config.changed(
+                    model_name_or_path=str(base), template=template, export_dir=str(tmp_path / str(template))
+                )
+            )
+            assert GenerationConfig.from_pretrained(folder).eos_token_id == [0, 2]  # <|endoftext|>, <|im_end|>
+            assert AutoTokenizer.from_pretrained(folder).eos_token == "<|im_end|>"
+            assert 'PARAMETER stop "<|im_end|>"' in (folder / "Modelfile").read_text()
+
+    def test_without_a_template_the_tokenizer_is_the_trainings(self, config, tiny_model_dir, adapter, tmp_path):
+        base = tmp_path / "base"
+        AutoModelForCausalLM.from_pretrained(tiny_model_dir).save_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir, eos_token="<|endoftext|>")
+        tokenizer.chat_template = None
+        tokenizer.save_pretrained(base)
+        set_chat(tokenizer, "qwen")
+        tokenizer.save_pretrained(adapter)
+        folder = dataflex.merge(config.changed(model_name_or_path=str(base), template=None))
+        found = AutoTokenizer.from_pretrained(folder)
+        assert (found.eos_token, found.chat_template) == ("<|im_end|>", tokenizer.chat_template)
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
+        (adapter / "tokenizer.json").write_text("{")
+        with pytest.raises(UsageError, match="its tokenizer cannot be read; remove its tokenizer files to take the"):
+            dataflex.merge(config.changed(overwrite=True))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_mode_that_the_umask_asks_for(config: RunConfig, umask: int):
+    before = os.umask(umask)
+    try:
+        folder = dataflex.merge(config)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~umask}
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def answer(folder: Path) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from dataflex import dynamic, load_config, load_examples
@@ -111,6 +112,17 @@ def test_selections_equal_the_slow_way(options, accumulate):
         np.testing.assert_allclose([line["score"] for line in selection], wanted[order], atol=2e-5)
         assert set(selection[0]["subtasks"]) == {"x", "y"}
         assert {line["dataset"] for line in selection} <= {"identity", "alpaca_en_demo"}
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 3])
+def test_a_selection_before_the_first_step_has_that_steps_weight(options, warmup_steps):
+    """Its rate is the one of the step about to be taken, which a rising learning rate begins at 0."""
+    folder = dynamic(load_config(options={**options, "warmup_step": 0, "warmup_steps": warmup_steps}))
+    rates = []
+    for step in (0, 2):
+        with safe_open(folder / "selections" / f"step-{step}.safetensors", framework="np") as file:
+            rates.append(float(file.metadata()["learning_rate"]))
+    assert rates == [0.003 if warmup_steps == 0 else 0.0, load_moments(folder / "checkpoint-2").learning_rate]
 
 
 def test_exact_scores_that_memory_does_not_hold_are_not_begun(options, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -80,6 +81,30 @@ def test_two_processes_come_to_what_one_does(one, settings, repo, zero):
     log = [json.loads(line)["loss"] for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
     same = [json.loads(line)["loss"] for line in (one / "trainer_log.jsonl").read_text().splitlines()]
     np.testing.assert_allclose(log, same, rtol=1e-5)
+
+
+@pytest.mark.parametrize("begun_by", [1, 2])
+def test_one_process_and_two_go_on_from_each_others_checkpoint(one, settings, tmp_path, begun_by):
+    """Where nothing is drawn at random, and a step has the rows it had."""
+    folder = tmp_path / "out"
+    options = {**settings, "max_steps": 5}
+    whole = run_dataflex("train", tmp_path / "whole", options, per_device_train_batch_size=4)
+    assert whole.returncode == 0, whole.stderr
+    first, then = ((["--nproc", "2"], 2), ([], 4)) if begun_by == 2 else (([], 4), (["--nproc", "2"], 2))
+    done = run_dataflex("train", folder, options, *first[0], per_device_train_batch_size=first[1], save_steps=3)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((folder / "run.json").read_text())
+    keys = {**record["origin"]["keys"], "per_device_train_batch_size": then[1]}
+    (folder / "run.json").write_text(
+        json.dumps({**record, "finished": False, "origin": {**record["origin"], "keys": keys}})
+    )
+    shutil.rmtree(folder / "checkpoint-5")
+    done = run_dataflex("train", folder, options, *then[0], per_device_train_batch_size=then[1])
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 3" in done.stderr
+    ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (folder, tmp_path / "whole"))
+    for name in theirs:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-5)
 
 
 def test_exact_scores_under_zero_3(one, settings, repo):

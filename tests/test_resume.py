@@ -193,11 +193,14 @@ def test_killed_at_random_moments(options, whole, tmp_path):
     """The real process and a real SIGKILL, again and again, until it gets through."""
     arguments = [f"{key}={value}" for key, value in options.items()]
     command = [sys.executable, "-m", "dataflex", "dynamic", "--quiet", *arguments]
+    started = time.monotonic()
+    subprocess.run([*command, f"output_dir={tmp_path / 'timed'}"], stdout=subprocess.DEVNULL, check=True)
+    once = time.monotonic() - started
     generator = random.Random(5)
     kills = 0
     while kills < 6:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ)
-        deadline = time.monotonic() + generator.uniform(6, 11)
+        deadline = time.monotonic() + generator.uniform(0.5, 0.95) * once
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         if process.poll() is not None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from dataflex import load_config, train
 from dataflex.errors import DataflexError, UsageError
+from dataflex.origin import Origin
 from dataflex.progress import Silent
 from dataflex.provenance import RunRecord, was_begun
 from dataflex.training import checkpoints
@@ -333,11 +334,12 @@ def test_how_a_run_trains_is_on_record(config):
 def test_two_runs_in_one_folder(config):
     from dataflex.provenance import open_record
 
-    with open_record(config, {"command": "train"}) as record:
+    origin = Origin("train", {}, {})
+    with open_record(config, origin) as record:
         assert isinstance(record, RunRecord)
-        with pytest.raises(UsageError, match="another run is writing there"), open_record(config, {"command": "train"}):
+        with pytest.raises(UsageError, match="another run is writing there"), open_record(config, origin):
             pass
-    with open_record(config, {"command": "train"}):
+    with open_record(config, origin):
         pass
 
 

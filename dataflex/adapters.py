@@ -217,10 +217,11 @@ def put_on(
     except KeyError as error:
         raise _misfit(adapter, f"it lacks {error.args[0]}, which its configuration names") from error
     except (RuntimeError, ValueError) as error:
-        sizes = re.search(r"size mismatch for (\S+): .*?(\[[\d, ]*\]).*?(\[[\d, ]*\])", str(error), re.DOTALL)
+        sizes = re.findall(r"size mismatch for (\S+): .*?(\[[\d, ]*\]).*?(\[[\d, ]*\])", str(error), re.DOTALL)
         why = "its tensors are of other shapes"
         if sizes:
-            why = f"{plain_name(sizes[1])} is {sizes[2]}, but the model needs {sizes[3]}"
+            key, found, needed = min(sizes)
+            why = f"{plain_name(key)} is {found}, but the model needs {needed}"
         raise _misfit(adapter, why) from error
     strange = [name for key in result.unexpected_keys if not _is_tied_copy(name := plain_name(key), adapter)]
     if strange:

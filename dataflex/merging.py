@@ -19,7 +19,8 @@ from torch import nn
 
 from dataflex.adapters import Adapter, check_foldable, check_kind, ends, fold, read_adapter, without_copies
 from dataflex.config import RunConfig, needed, require
-from dataflex.data.chat_formats import end_token, ollama_modelfile, set_chat
+from dataflex.data.chat_formats import end_token, ollama_modelfile
+from dataflex.data.chat_tokenizer import set_chat
 from dataflex.data.templates import find_template
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import check_output_dir, disk_errors_of, make_ordinary, write_json, write_text
@@ -50,6 +51,9 @@ PROBED = 16
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Difference of logits that rounding to a dtype may make, as a share of the largest logit."""
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+"""The files one of which a folder with a tokenizer has."""
 
 EXPORTED = (
     "config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json",
@@ -238,7 +242,7 @@ def _find_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
     tokenizer = load_tokenizer(config)
     folder = Path(config.adapter_name_or_path[-1])
-    if not (folder / "tokenizer_config.json").is_file():
+    if not any((folder / name).is_file() for name in VOCABULARIES):
         return tokenizer
     try:
         trained = AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)

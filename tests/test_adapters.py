@@ -22,6 +22,7 @@ from dataflex import RunConfig, load_config
 from dataflex.adapters import check_foldable, fold, read_adapter
 from dataflex.errors import DataflexError, UsageError
 from dataflex.merging import check_merge
+from dataflex.planning import plan
 
 ROWS = 64
 SMALL = {
@@ -427,6 +428,34 @@ class TestAsFound:
         self.configure(adapter, r=8)
         with pytest.raises(UsageError, match="but the model needs"):
             check_foldable(model, adapter)
+
+
+class TestDryRun:
+    @pytest.fixture
+    def config(self, bases: dict[str, Path], tmp_path: Path) -> RunConfig:
+        adapter = make_adapter(bases["tied"], tmp_path / "adapter", target_modules=["q_proj"])
+        return merge_config(bases["tied"], adapter)
+
+    def test_what_is_wrong_without_the_weights(self, config: RunConfig, tmp_path: Path) -> None:
+        assert plan(config, "merge").unknown == []
+        for key, value, match in (
+            ("template", "qwenn", "did you mean 'qwen'"),
+            ("adapter_name_or_path", "gone", r"adapter gone: no adapter_config\.json"),
+            ("model_name_or_path", str(tmp_path / "gone"), "cannot load the tokenizer of .*gone"),
+        ):
+            with pytest.raises(UsageError, match=match):
+                plan(config.changed(**{key: value}), "merge")
+        assert not Path(config.export_dir).exists()
+
+    def test_a_base_that_is_not_here_is_no_fault(self, config: RunConfig) -> None:
+        [said] = plan(config.changed(model_name_or_path="someone/not-downloaded"), "merge").unknown
+        assert said.startswith("whether the adapters fit: that shows with the base model")
+
+    def test_the_template_is_an_option(self, config: RunConfig, run_cli: Any) -> None:
+        options = ["--model", config.model_name_or_path, "--adapter", config.adapter_name_or_path[0]]
+        done = run_cli("merge", *options, "--export-dir", config.export_dir, "--template", "alpaca")
+        assert "read back: logits differ from base + adapter by at most" in done.stderr
+        assert "### Instruction:" in (Path(config.export_dir) / "Modelfile").read_text()
 
 
 class TestReadingBack:

@@ -8,45 +8,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dataflex.data.template_table import BOS, CONTENT, REPLACING, Slot, Template
-from dataflex.data.templates import find_template, prepare_tokenizer
+from dataflex.data.template_table import BOS, CONTENT, Slot, Template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def set_chat(tokenizer: PreTrainedTokenizerBase, name: str | None) -> Template | None:
-    """Give the tokenizer what a model trained with template `name` needs to chat: special tokens, the wording, the
-    end token. None is the tokenizer's own template.
-
-    Returns:
-        the template, as far as it could be told from the tokenizer.
-    """
-    template = find_template(name) if name is not None else None
-    prepare_tokenizer(tokenizer, template)
-    if template is not None and (not tokenizer.chat_template or name in REPLACING):
-        tokenizer.chat_template = jinja_template(template, tokenizer)
-    end = end_token(template, tokenizer)
-    if end is not None and end != tokenizer.eos_token:
-        _stop_at(tokenizer, end)
-    if template is None and tokenizer.chat_template:
-        return read_template(tokenizer)
-    return template
-
-
-def _stop_at(tokenizer: PreTrainedTokenizerBase, end: str) -> None:
-    """Make `end` the tokenizer's eos, unless its chat template then words things otherwise."""
-    before, eos = _answered(tokenizer), tokenizer.eos_token
-    tokenizer.eos_token = end
-    if _answered(tokenizer) != before:
-        tokenizer.eos_token = eos
 
 
 def end_token(template: Template | None, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """The special token that ends a response in training; None where a response ends without one."""
     if template is not None and template.efficient_eos:
         return tokenizer.eos_token
-    said = "".join(_texts(template.assistant, tokenizer)) if template is not None else _answered(tokenizer)
+    said = "".join(_texts(template.assistant, tokenizer)) if template is not None else answered(tokenizer)
     after = said.rpartition(CONTENT)[2]
     added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ids = tokenizer.encode(after, add_special_tokens=False) if after else []
@@ -54,7 +26,7 @@ def end_token(template: Template | None, tokenizer: PreTrainedTokenizerBase) -> 
     return None if found is None else str(tokenizer.convert_ids_to_tokens(found))
 
 
-def _answered(tokenizer: PreTrainedTokenizerBase) -> str:
+def answered(tokenizer: PreTrainedTokenizerBase) -> str:
     """A question and its answer by the tokenizer's own template; empty where it has none, or refuses them."""
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": CONTENT}]
     try:

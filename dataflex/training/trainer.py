@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from dataflex import processes
 from dataflex.config import RunConfig, needed
 from dataflex.data.batches import collate
-from dataflex.data.chat_formats import set_chat
+from dataflex.data.chat_tokenizer import set_chat
 from dataflex.data.examples import Example
 from dataflex.environment import without_back_doors
 from dataflex.errors import DataflexError

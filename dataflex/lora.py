@@ -180,7 +180,7 @@ def _warn_of_experts(model: nn.Module, taken: set[str]) -> None:
     if fused:
         reasons.append(f"{', '.join(sorted(fused))}: all experts are one tensor, not linear layers")
     if taken:
-        reasons.append(f"{', '.join(sorted(taken))}: PEFT takes the name for the experts'")
+        reasons.append(f"{', '.join(sorted(taken))}: PEFT takes these names for experts")
     if reasons:
         warnings.warn(f"lora_target: all leaves out {'; '.join(reasons)}", stacklevel=3)
 

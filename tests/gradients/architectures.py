@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dataflex import load_config
 from dataflex.data.examples import Example
+from dataflex.errors import UsageError
+from dataflex.gradients.probe import check_gradients
 from dataflex.lora import lora_pairs
 from dataflex.model import add_lora
 
@@ -88,6 +92,23 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "diffllama": ("diffllama", LLAMA),
     "seed_oss": ("seed_oss", LLAMA),
     "bitnet": ("bitnet", LLAMA),
+    "arcee": ("arcee", LLAMA),
+    "apertus": ("apertus", LLAMA),
+    "nanochat": ("nanochat", LLAMA),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", LLAMA),
+    "minicpm3": ("minicpm3", {**LLAMA, **DEEPSEEK}),
+    "doge": ("doge", LLAMA),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        {
+            **LLAMA,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    ),
     "gpt_neox": ("gpt_neox", LLAMA),
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     "gpt_bigcode": ("gpt_bigcode", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
@@ -142,7 +163,12 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("phimoe", {**LLAMA, "num_local_experts": 4}),
     "granitemoe": ("granitemoe", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "jetmoe": ("jetmoe", {**LLAMA, "num_local_experts": 4, "kv_channels": 8}),
-    "dbrx": ("dbrx", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 128}),
+    "minimax": ("minimax", {**LLAMA, "num_local_experts": 4}),
+    "flex_olmo": ("flex_olmo", MOE),
+    "exaone_moe": ("exaone_moe", DEEPSEEK),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", MOE),
+    "ernie4_5_moe": ("ernie4_5_moe", {**MOE, "moe_num_experts": 4, "moe_k": 2}),
+    "lfm2_moe": ("lfm2_moe", {**MOE, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
     "mamba": ("mamba", SSM),
     "mamba2": ("mamba2", {**SSM, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 8}),
     "falcon_mamba": ("falcon_mamba", SSM),
@@ -189,6 +215,32 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "mamba_chunk_size": 8,
         },
     ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **LLAMA,
+            "num_local_experts": 4,
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 4,
+            "mamba_chunk_size": 8,
+            "shared_intermediate_size": 16,
+        },
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        {
+            **LLAMA,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 16,
+            "n_groups": 1,
+            "ssm_state_size": 4,
+            "chunk_size": 8,
+            "layers_block_type": ["mamba", "attention"],
+        },
+    ),
     "lfm2": ("lfm2", {**LLAMA, "layer_types": ["conv", "full_attention"]}),
     "recurrent_gemma": ("recurrent_gemma", {**LLAMA, "lru_width": 32, "num_hidden_layers": 3}),
     "rwkv": ("rwkv", {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 128}),
@@ -223,16 +275,77 @@ def make_rows() -> list[Example]:
     return rows
 
 
-def adapt(base: torch.nn.Module, target: str = "all") -> torch.nn.Module:
+def adapt(base: torch.nn.Module, target: str) -> torch.nn.Module:
     """`base` with an adapter whose A and B are both random, as after training.
 
     Raises:
         UsageError: if `lora_target` does not fit.
     """
-    config = load_config(options={"lora_rank": 2, "lora_target": target})
-    model = add_lora(base, config)
+    model = add_lora(base, load_config(options={"lora_rank": 2, "lora_target": target}))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for pair in lora_pairs(model):
             pair.weight_b.copy_(torch.randn(pair.weight_b.shape, generator=generator) * 0.1)
     return model
+
+
+@dataclass
+class Verdict:
+    """What `lora_target` can be for an architecture."""
+
+    model: torch.nn.Module
+    """With an adapter on `target`."""
+    target: str
+    """`all`, or the names that its refusal suggests."""
+    said: list[str]
+    """The refusal of `all`, what it leaves out, and how rows share batches."""
+
+
+def judge(name: str) -> Verdict:
+    """Adapt a model as `lora_target: all` asks for, else as its refusal suggests, and take two rows' gradients."""
+    target, said = "all", []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = adapt(make_base(name), target)
+        except UsageError as error:
+            said.append(str(error))
+            target = str(error).rpartition("lora_target=")[2]
+            model = adapt(make_base(name), target)
+        said += [str(warning.message) for warning in caught if str(warning.message).startswith("lora_target")]
+        check_gradients(model, torch.float32, 0, make_rows(), Said(said))
+    return Verdict(model, target, said)
+
+
+class Said:
+    """A progress that keeps what it is told."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.say = lines.append
+
+
+def table_line(name: str, verdict: Verdict) -> str:
+    """One line of ARCHITECTURES.md."""
+    modules = sorted({pair.name.rpartition(".")[2] for pair in lora_pairs(verdict.model)})
+    works = "works" if verdict.target == "all" else "refused; these names work"
+    said = "; ".join(line.removeprefix("lora_target: ").partition("; name modules")[0] for line in verdict.said)
+    return f"| {name} | {works} | {', '.join(modules)} | {said} |"
+
+
+HEADER = """# Architectures
+
+What `lora_target: all` does for a model type of transformers: whether gradients of single rows can be taken, the
+modules that get a pair, and what is said. Where `all` is refused, the names beside it work. A model that is not here is
+tried before anything is trained or written.
+
+`.venv/bin/python tests/gradients/architectures.py > ARCHITECTURES.md` writes this table, and a test over tiny random
+models checks it: every row's gradient against autograd on that row alone.
+
+| model type | `all` | modules | said |
+|---|---|---|---|"""
+
+
+if __name__ == "__main__":
+    print(HEADER)
+    for shape in SHAPES:
+        print(table_line(shape, judge(shape)))

@@ -23,7 +23,10 @@ CARD = "README.md"
 MADE_BY = "Made by dataflex"
 
 DATA = tuple(key for key in ROW_KEYS if key not in ("dataset_dir", "split"))
-SELECTION = select_keys(MARKS, lambda mark: mark.component and mark.compared)
+SELECTION = select_keys(
+    MARKS,
+    lambda mark: "dynamic" in mark.users and mark.decides in (Decides.DIRECTION, Decides.PROJECTION, Decides.SCORES),
+)
 SETTINGS = select_keys(MARKS, lambda mark: mark.compared and mark.decides in (Decides.TRAINING, Decides.MODEL))
 
 

@@ -52,7 +52,7 @@ def check_capture(capture: Capture, examples: Sequence[Example], progress: Progr
     Raises:
         UsageError: if the gradients of this model with this adapter cannot be taken.
     """
-    if capture.shared_weights:
+    if any(hasattr(parameter, "ds_id") for parameter in capture.model.parameters()):
         return
     groups = groups_of(capture, examples)
     shortest = sorted(groups[-1], key=lambda index: len(examples[index].input_ids))

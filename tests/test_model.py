@@ -19,7 +19,7 @@ from dataflex.errors import UsageError
 from dataflex.fingerprints import base_model_fingerprint
 from dataflex.gradients.capture import adapter_values, row_gradients, undisturbed
 from dataflex.gradients.collect import checkpoint_capture
-from dataflex.lora import layout, linear_names, lora_pairs, lora_targets
+from dataflex.lora import layout, linear_names, lora_pairs, lora_targets, peft_errors
 from dataflex.model import (
     add_lora,
     load_adapter,
@@ -116,10 +116,84 @@ class TestTargets:
             lora_targets(model, ["q_proj", "c_attn"])
 
     def test_no_linear_layers(self):
-        bare = torch.nn.Module()
-        bare.embedding = torch.nn.Embedding(3, 2)
-        with pytest.raises(UsageError, match="all finds no linear layer in Module"):
-            lora_targets(bare, ["all"])
+        with pytest.raises(UsageError, match="all finds no linear layer in Named; name modules"):
+            lora_targets(Named("llama", norm=torch.nn.LayerNorm(2)), ["all"])
+
+    @pytest.mark.parametrize(
+        "model_type, changes, wanted, said",
+        [
+            (
+                "llama",
+                {},
+                "embed_tokens",
+                "'embed_tokens' is no linear layer but Embedding; linear layers are",
+            ),
+            ("llama", {}, "self_attn", "'self_attn' is no linear layer but LlamaAttention"),
+            ("mamba", {}, "all", r"all does not fit MambaForCausalLM.*dt_proj, out_proj, x_proj.*lora_target=in_proj$"),
+            (
+                "mamba",
+                {},
+                "in_proj,out_proj",
+                "a state-space layer uses out_proj without calling it; linear",
+            ),
+            ("qwen3_moe", {}, "q_proj,gate_proj", "PEFT takes gate_proj for the experts of a qwen3_moe"),
+            (
+                "deepseek_v3",
+                {"n_routed_experts": 8},
+                "down_proj",
+                "PEFT takes down_proj for the experts of a",
+            ),
+        ],
+    )
+    def test_names_that_cannot_be(self, model_type: str, changes: dict, wanted: str, said: str):
+        with pytest.raises(UsageError, match=said):
+            lora_targets(on_meta(model_type, **{**SMALL, **changes}), wanted.split(","))
+
+    def test_what_all_leaves_out_of_a_mixture_is_said(self):
+        with pytest.warns(UserWarning, match="all leaves out down_proj, gate_up_proj: all experts are one tensor"):
+            assert lora_targets(on_meta("mixtral", **SMALL), ["all"]) == ATTENTION
+
+    def test_what_peft_refuses_is_one_sentence(self):
+        model = on_meta("llama", **SMALL)
+        said = "^lora_target: PEFT cannot adapt q_proj of LlamaForCausalLM: a b; linear layers are"
+        with pytest.raises(UsageError, match=said), peft_errors(model, ["q_proj"]):
+            raise ValueError("a\n  b.")
+
+
+class TestWhitelist:
+    """Every trainable tensor is an A or B of a plain pair, or the adapter is refused by name."""
+
+    @pytest.mark.parametrize(
+        "keys, said",
+        [
+            ({"modules_to_save": ["lm_head"]}, "belongs to modules_to_save"),
+            ({"trainable_token_indices": [1, 2]}, "belongs to trainable_token_indices"),
+            ({"bias": "all"}, "belongs to bias"),
+            ({"lora_bias": True}, r"its B has a bias \(lora_bias\)"),
+            ({"use_dora": True}, "Dora is a variant of LoRA"),
+            ({"alora_invocation_tokens": [1]}, "ALora is a variant of LoRA"),
+            ({"target_modules": ["q_proj", "embed_tokens"]}, "Embedding on Embedding is no LoRA pair"),
+            (
+                {"target_modules": ["q_proj"], "target_parameters": ["gate_up_proj"]},
+                "ParamWrapper on .* is no LoRA pair",
+            ),
+        ],
+    )
+    def test_refused(self, keys: dict, said: str):
+        base = AutoConfig.for_model(
+            "mixtral" if "target_parameters" in keys else "llama", **SMALL, attention_bias="bias" in keys
+        )
+        lora = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **keys})
+        model = get_peft_model(AutoModelForCausalLM.from_config(base), lora)
+        with pytest.raises(UsageError, match=f"^adapter.*{said}.*; gradients of single rows need plain LoRA pairs"):
+            lora_pairs(model)
+
+    @pytest.mark.parametrize(
+        "keys", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 4}}, {"target_modules": "lm_head"}]
+    )
+    def test_taken(self, keys: dict):
+        lora = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **keys})
+        assert lora_pairs(get_peft_model(on_meta("llama", **SMALL), lora))
 
 
 @pytest.fixture

@@ -246,6 +246,12 @@ def row_gradients(
     return RowLosses(losses.loss.detach(), losses.tokens)
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device or the machine had no memory left, whatever raised it."""
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
+
+
 def can_fuse(pair: LoraPair) -> bool:
     """True for a pair on a plain linear layer whose weight is here, not quantized and not shared out by ZeRO-3, and
     whose code nobody has changed or watches."""

@@ -15,7 +15,7 @@ from dataflex import processes
 from dataflex.data.batches import token_batches
 from dataflex.data.examples import Example
 from dataflex.errors import DataflexError
-from dataflex.gradients.capture import Capture, adapter_values, row_gradients
+from dataflex.gradients.capture import Capture, adapter_values, out_of_memory, row_gradients
 from dataflex.gradients.direction import Direction
 from dataflex.gradients.loss import row_losses
 from dataflex.gradients.probe import groups_of
@@ -131,7 +131,7 @@ def _project_what_fits(
             made.append(_project_batch(capture, part, values, direction, projector))
             continue
         except RuntimeError as error:  # what was allocated is freed only once the error is gone
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
         if capture.shared_weights or len(part) == 1:
             raise DataflexError(
@@ -145,11 +145,6 @@ def _project_what_fits(
         progress.say(f"out of memory over {tokens} tokens; going on with half as many")
     vectors, losses = zip(*made, strict=True)
     return torch.cat(vectors), torch.cat(losses), too_large
-
-
-def _out_of_memory(error: RuntimeError) -> bool:
-    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
 def _project_batch(

@@ -6,19 +6,21 @@ that remember the longest row, kernels that read a weight past its adapter and c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from dataflex import processes
 from dataflex.data.examples import Example
-from dataflex.errors import UsageError
+from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients.capture import (
     Capture,
     ForwardState,
     TokensMixed,
     adapter_values,
     make_capture,
+    out_of_memory,
     row_gradients,
 )
 from dataflex.gradients.loss import row_losses, whole_losses
@@ -57,14 +59,16 @@ def check_capture(capture: Capture, examples: Sequence[Example], progress: Progr
     groups = groups_of(capture, examples)
     shortest = sorted(groups[-1], key=lambda index: len(examples[index].input_ids))
     rows = [examples[index] for index in shortest[:2]]
-    wanted, called = _autograd_gradient(capture, rows[0])
+    with _naming_the_longest(rows):
+        wanted, called = _autograd_gradient(capture, rows[0])
+        found = _first_gradient(capture, rows)
     for pair in capture.pairs:
         if _last_name(pair.name) not in called:
             raise UsageError(
                 f"lora_target: {_last_name(pair.name)} is never called in a forward pass of this model, so an adapter "
                 "on it does nothing; take it out of lora_target"
             )
-    difference = (_first_gradient(capture, rows) - wanted).norm()
+    difference = (found - wanted).norm()
     if difference > GRADIENT_TOLERANCE[capture.dtype] * wanted.norm():
         raise UsageError(
             f"row {rows[0].row} of {rows[0].dataset}: its gradient differs from autograd's by "
@@ -89,7 +93,8 @@ def groups_of(capture: Capture, examples: Sequence[Example]) -> list[list[int]]:
     Raises:
         UsageError: if a row's numbers depend on the rows that ran before it.
     """
-    return processes.broadcast(_groups(capture, examples))
+    with _naming_the_longest(examples):
+        return processes.broadcast(_groups(capture, examples))
 
 
 def _groups(capture: Capture, examples: Sequence[Example]) -> list[list[int]]:
@@ -127,7 +132,7 @@ def length_ranges(lengths: list[int], alike: Callable[[int, int], bool]) -> list
     """
     ranges: list[list[int]] = []
     while lengths:
-        if len(ranges) == MAX_SWITCHES:
+        if len(ranges) > MAX_SWITCHES:
             return [*ranges, *([length] for length in lengths)]
         apart = len(lengths)
         if not alike(lengths[0], lengths[-1]):
@@ -141,6 +146,21 @@ def length_ranges(lengths: list[int], alike: Callable[[int, int], bool]) -> list
         ranges.append(lengths[: max(1, apart)])
         lengths = lengths[max(1, apart) :]
     return ranges
+
+
+@contextlib.contextmanager
+def _naming_the_longest(examples: Sequence[Example]) -> Iterator[None]:
+    """Turn a lack of memory into a DataflexError: a few rows forward take less than a pass over the longest."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        longest = max(examples, key=lambda example: len(example.input_ids))
+        raise DataflexError(
+            f"out of memory over {len(longest.input_ids)} tokens (row {longest.row} of {longest.dataset} is the "
+            "longest); lower cutoff_len"
+        ) from error
 
 
 class _FirstRow:

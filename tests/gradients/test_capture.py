@@ -11,9 +11,9 @@ import torch
 
 from dataflex.data.batches import collate
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients.capture import adapter_values, can_fuse, make_capture, row_gradients, undisturbed
+from dataflex.gradients.capture import TokensMixed, adapter_values, can_fuse, make_capture, row_gradients, undisturbed
 from dataflex.gradients.loss import row_losses, whole_losses
-from dataflex.gradients.passes import mean_loss, project_rows
+from dataflex.gradients.passes import batches_of, mean_loss, project_rows
 from dataflex.lora import layout, lora_pairs
 from dataflex.projection.identity import Identity
 
@@ -96,14 +96,68 @@ def test_layers_of_every_kind_give_the_same_gradients_fused_or_not(rows):
                     assert (gradient - wanted[name].flatten()).norm() <= 1e-4 * wanted[name].norm(), name
 
 
-def test_a_layer_that_is_not_told_which_token_is_whose_is_refused(lora_model, rows):
-    """As an expert of a mixture, which is given the tokens of all rows in one list."""
+@pytest.fixture
+def oracle(lora_model, rows) -> list[dict[str, torch.Tensor]]:
+    """Each row's gradients by autograd, of the model as a test has changed it: call it after the change."""
+    return lambda: [autograd_gradients(lora_model, row)[0] for row in rows]
+
+
+def assert_gradients(found: dict[str, torch.Tensor], wanted: list[dict[str, torch.Tensor]]) -> None:
+    for index, gradients in enumerate(wanted):
+        for name, gradient in gradients.items():
+            assert (found[name][index] - gradient.flatten()).norm() <= 1e-5 * gradient.norm() + 1e-9, (index, name)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("shape", ["rows and tokens in one", "heads apart"])
+def test_tokens_in_their_order_are_told_apart_whatever_their_shape(lora_model, rows, oracle, fused, shape):
+    """As OPT, and the shared expert of a mixture, are given them; or with an axis more."""
     layer = lora_model.base_model.model.model.layers[1].mlp
     through = layer.forward
-    layer.forward = lambda x: through(x.flatten(0, 1)).view_as(x)
-    for fused in (True, False):
-        with pytest.raises(UsageError, match=r"mlp.down_proj is given tokens of all rows at once, \[450, 128\]"):
-            batched_gradients(lora_model, rows, fused)
+    if shape == "rows and tokens in one":
+        layer.forward = lambda x: through(x.flatten(0, 1)).view_as(x)
+    else:
+        layer.forward = lambda x: through(x[:, :, None]).squeeze(2)
+    assert_gradients(batched_gradients(lora_model, rows, fused)[0], oracle())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_layer_used_more_than_once_has_the_sum(lora_model, rows, oracle, fused):
+    layers = lora_model.base_model.model.model.layers
+    layers[1] = layers[0]
+    assert_gradients(batched_gradients(lora_model, rows, fused)[0], oracle())
+
+
+def as_an_expert(lora_model: torch.nn.Module) -> None:
+    """Give a layer some tokens of all rows in an order of their own, as an expert of a mixture is given them."""
+    layer = lora_model.base_model.model.model.layers[1].mlp
+    through = layer.forward
+
+    def routed(x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, 1)
+        chosen = (flat[:, 0] > flat[:, 0].median()).nonzero()[:, 0].flip(0)
+        return torch.zeros_like(flat).index_copy(0, chosen, through(flat[chosen])).view_as(x)
+
+    layer.forward = routed
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_layer_that_is_not_told_which_token_is_whose_is_refused(lora_model, rows, fused):
+    as_an_expert(lora_model)
+    with pytest.raises(TokensMixed, match=r"mlp\.\w+_proj is given tokens of all rows at once, \[225, "):
+        batched_gradients(lora_model, rows, fused)
+
+
+def test_such_a_model_runs_one_row_at_a_time(lora_model, rows):
+    """Within a row all tokens are the row's own, so its median, and what the layer is given, are too."""
+    as_an_expert(lora_model)
+    capture = make_capture(lora_model, torch.float32, 0, 10_000)
+    batches = batches_of(capture, rows, capture.parameters)
+    assert batches == [[0], [3], [4], [1], [2]]
+    for done in project_rows(capture, rows, batches, lambda slot, g: g, Identity(capture.parameters)):
+        wanted = autograd_gradients(lora_model, rows[done.indices[0]])[0]
+        flat = torch.cat([wanted[slot.name].flatten() for slot in capture.slots])
+        assert (done.vectors[0] - flat).norm() <= 1e-5 * flat.norm()
 
 
 def test_a_row_does_not_feel_its_neighbours(lora_model, rows):

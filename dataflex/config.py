@@ -138,13 +138,13 @@ class RunConfig(BaseModel):
     double_quantization: Annotated[bool, MODEL] = True
     """Quantize the scales of a 4-bit base as well."""
     upcast_layernorm: Annotated[bool, MODEL] = False
-    """Keep the base's layer norms in float32."""
+    """Keep the layer norms of the base model in float32."""
 
     # --- method ----------------------------------------------------------------------------
     stage: Annotated[Literal["sft"], _only("sft", "rows are scored by its loss"), TRAINING] = "sft"
     """Training stage; supervised fine-tuning is the one there is."""
     do_train: Annotated[bool, AS_RUN] = True
-    """Accepted for LLaMA-Factory files; the command says what is done."""
+    """Read from LLaMA-Factory's files and ignored; the command decides the work."""
     finetuning_type: Annotated[Literal["lora"], _only("lora", "gradients are taken at LoRA pairs"), TRAINING] = "lora"
     """Gradients are taken at LoRA pairs, so `lora` is the one there is."""
     lora_target: Annotated[Names, Field(min_length=1), TRAINING] = ["all"]
@@ -170,7 +170,7 @@ class RunConfig(BaseModel):
     cutoff_len: Annotated[PositiveInt, ROWS] = 2048
     """Longest row in tokens; longer ones are truncated as LLaMA-Factory does, and counted."""
     mix_strategy: Annotated[Literal["concat"], ROWS] = "concat"
-    """How several datasets become one: one after the other."""
+    """How several datasets become one. concat: one after the other."""
     max_samples: Annotated[PositiveInt | None, ROWS] = None
     """Use only the first rows of each dataset."""
     train_on_prompt: Annotated[bool, ROWS] = False
@@ -300,13 +300,14 @@ class RunConfig(BaseModel):
 
     # --- selector parameters ---------------------------------------------------------------
     gradient_type: Annotated[Literal["adam", "sgd", "sign"], DIRECTION] = "adam"
-    """Direction a training row is scored by: the Adam step on that row, its gradient, or its sign."""
+    """Direction of a training row. adam: the step that AdamW would take on the row alone, from the run's moments.
+    sgd: the row's gradient. sign: the sign of the row's gradient."""
     eval_gradient_type: Annotated[Literal["adam", "sgd", "sign"], DIRECTION] = "sgd"
-    """The same for validation rows."""
+    """Direction of a validation row: its gradient (sgd), the sign of its gradient, or the Adam step on it."""
     adam_formula: Annotated[Literal["torch", "dataflex", "less"], DIRECTION] = "torch"
     """Adam's step: bias-corrected as torch's, without correction (dataflex), or with epsilon in the root (less)."""
     proj_dim: Annotated[PositiveInt | None, PROJECTION] = 8192
-    """Dimensions a gradient is projected to; null scores exactly and keeps no store."""
+    """Width of a projected gradient. null: score with whole gradients and keep no store."""
     projector: Annotated[str, AfterValidator(_of_table(projection.check_name)), PROJECTION] = Field(
         "sketch", description=f"Projection method. {listing(projection.PROJECTORS)}"
     )
@@ -315,11 +316,14 @@ class RunConfig(BaseModel):
     store_dtype: Annotated[Literal["float16", "float32", "int8", "int1"], Key(Decides.STORE, component=True)] = (
         "float16"
     )
-    """Number format of stored gradients."""
+    """Number format of a stored gradient. float32 and float16: as they are. int8: scaled to the largest number of
+    the row. int1: signs alone."""
     reduce: Annotated[Literal["mean", "max", "round-robin"], Key(Decides.SCORES, component=True)] = "max"
-    """How the subtasks of the validation data become one score."""
+    """How a row's scores for several subtasks become one score. mean: their mean. max: the largest. round-robin:
+    subtasks take turns at picking their best row that is left."""
     accumulate: Annotated[bool, Key(Decides.SCORES, used_by=("dynamic",), component=True)] = True
-    """Sum scores over the selections so far, weighted by learning rate; false uses the latest alone."""
+    """true: a score is the sum over the selections so far, weighted by learning rate. false: the latest selection alone
+    counts."""
     cache_dir: Annotated[str | None, Key(Decides.NOTHING, path="output", component=True)] = None
     """Folder in which `dynamic` keeps its gradient stores; removed after use when left out."""
     token_budget: Annotated[PositiveInt | None, Key(Decides.NOTHING, component=True)] = None
@@ -342,9 +346,10 @@ class RunConfig(BaseModel):
     eval_stores: Annotated[Names | None, Key(Decides.SCORES, used_by=("score",), path="input", by_content=True)] = None
     """Gradient stores of the validation rows, paired with train_stores in order."""
     weights: Annotated[str, Key(Decides.SCORES, used_by=("score",))] = "lr"
-    """Weight of each checkpoint: lr (its learning rate), uniform, or numbers by comma."""
+    """Weight of each checkpoint. lr: the learning rate of the checkpoint. uniform: equal weights. Numbers by comma: one
+    weight for each checkpoint."""
     exact: Annotated[bool, Key(Decides.SCORES, used_by=("score",))] = False
-    """Score with unprojected gradients taken from the checkpoints; no store."""
+    """Score with whole gradients, taken at the checkpoints; no projection and no store."""
     scores: Annotated[str | None, Key(Decides.SELECTION, path="input", by_content=True, needed_by=("select",))] = None
     """Score file that `score` wrote."""
     data: Annotated[Names | None, Key(Decides.SELECTION, path="input", by_content=True)] = None
@@ -356,7 +361,7 @@ class RunConfig(BaseModel):
     threshold: Annotated[float | None, SELECTION] = None
     """Select the rows that score at least this."""
     plain: Annotated[bool, SELECTION] = False
-    """Leave the `dataflex` field out of selected rows."""
+    """Write the selected records without the field `dataflex`, which holds row number and score."""
     overwrite: Annotated[bool, AS_RUN] = False
     """Replace what is at the output path."""
 

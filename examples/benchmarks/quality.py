@@ -25,13 +25,13 @@ from dataflex.data.examples import Split, load_split
 from dataflex.gradients.collect import checkpoint_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import batches_of, project_rows
-from dataflex.gradients.store import decode_rows, encode_rows
 from dataflex.influence.exact import exact_cosines
 from dataflex.model import load_tokenizer
 from dataflex.projection.protocol import Projector
 from dataflex.projection.queries import Queries
 from dataflex.projection.table import make_projector
 from dataflex.provenance import device_name
+from dataflex.store.layout import RowLayout
 from dataflex.training.moments import load_moments
 
 SEEDS = range(5)
@@ -122,7 +122,7 @@ class Whole:
 def stored(rows: np.ndarray, kind: str) -> np.ndarray:
     """Rows as a store of this format gives them back."""
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return decode_rows(encode_rows(unit, kind), kind, rows.shape[1])
+    return RowLayout(kind, rows.shape[1]).decode(RowLayout(kind, rows.shape[1]).encode(unit))
 
 
 def in_bfloat16(config: RunConfig, train: Split, validation: Split, pad_token_id: int) -> np.ndarray:

@@ -14,7 +14,7 @@ setup: $(READY)  ## build .venv, fetch the demo model and data
 	@$(PY) examples/fetch_assets.py --quiet
 
 demo: setup  ## select and train on real data, on CPU or GPU
-	@echo "the demo: SmolLM2-135M fine-tuned on rows that LESS picks; 3 to 6 minutes on two CPU cores"
+	@echo "the demo: SmolLM2-135M fine-tuned on rows that LESS picks; 2 to 6 minutes on two CPU cores"
 	.venv/bin/dataflex dynamic examples/demo.yaml --overwrite
 
 test: setup  ## run the tests

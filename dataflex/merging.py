@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dataflex.adapters import Adapter, check_foldable, check_kind, ends, fold, read_adapter, without_copies
+from dataflex.adapters import Adapter, ends, read_adapter
 from dataflex.config import RunConfig, needed, require
 from dataflex.data.chat_formats import end_token, ollama_modelfile
 from dataflex.data.chat_tokenizer import set_chat
 from dataflex.data.templates import find_template
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import check_output_dir, disk_errors_of, make_ordinary, write_json, write_text
+from dataflex.folding import check_foldable, check_kind, fold, without_copies
 from dataflex.model import device, load_base_model, load_skeleton, load_tokenizer
 from dataflex.model_card import CARD, merged_card
 from dataflex.progress import SILENT, Progress

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from dataflex.adapters import check_foldable, fold, put_on, read_adapter, without_copies
+from dataflex.adapters import put_on, read_adapter
 from dataflex.config import RunConfig, needed, require
 from dataflex.environment import local_rank
 from dataflex.errors import UsageError
+from dataflex.folding import check_foldable, fold, without_copies
 from dataflex.lora import has_transposed, lora_targets, peft_errors
 
 if TYPE_CHECKING:

@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 import dataflex
 from dataflex import RunConfig, load_config
-from dataflex.adapters import check_foldable, fold, read_adapter
+from dataflex.adapters import read_adapter
 from dataflex.errors import DataflexError, UsageError
+from dataflex.folding import check_foldable, fold
 from dataflex.merging import check_merge
 from dataflex.planning import plan
 

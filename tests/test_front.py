@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib
 import importlib.metadata
 import inspect
@@ -92,3 +93,17 @@ def test_the_group_says_of_a_command_what_the_command_says(name: str):
     assert (inspect.getdoc(function) or "").split("\n\n")[0] == COMMANDS[name]
     own_help = " ".join(CliRunner().invoke(app, [name, "--help"]).stdout.split())
     assert COMMANDS[name] in own_help
+
+
+def test_imports_run_in_no_circle(repo: Path):
+    """Imports at the head of a module; one inside a function is made when all modules are there."""
+    files = {
+        ".".join(path.relative_to(repo).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (repo / "dataflex").rglob("*.py")
+    }
+    heads: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
+        names = {f"{node.module}.{alias.name}" for node in found for alias in node.names}
+        heads[name] = ({node.module for node in found} | names) & files.keys() - {name, "dataflex"}
+    list(graphlib.TopologicalSorter(heads).static_order())  # raises CycleError, which names the circle

@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.neftune import activate_neftune
 
 from dataflex import RunConfig, load_config, load_examples, train
-from dataflex.adapters import check_foldable, fold, read_adapter
+from dataflex.adapters import read_adapter
 from dataflex.data.examples import load_split
 from dataflex.errors import UsageError
 from dataflex.fingerprints import base_model_fingerprint
+from dataflex.folding import check_foldable, fold
 from dataflex.gradients.capture import adapter_values, row_gradients, undisturbed
 from dataflex.gradients.collect import checkpoint_capture
 from dataflex.lora import layout, linear_names, lora_pairs, lora_targets, peft_errors

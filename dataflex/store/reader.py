@@ -194,14 +194,14 @@ class GradientStore:
             )
 
 
-def _read_fully(handle: int, into: np.ndarray, place: int) -> None:
-    """Fill an array from a place in a file. Raises an OSError where the file ends before it is full."""
+def _read_fully(handle: int, into: np.ndarray, offset: int) -> None:
+    """Fill an array from an offset in a file. Raises an OSError where the file ends before it is full."""
     room = memoryview(into.reshape(-1).view(np.uint8).data)
     while room:
-        got = os.preadv(handle, [room], place)
+        got = os.preadv(handle, [room], offset)
         if not got:
             raise OSError("the file ends too early")
-        room, place = room[got:], place + got
+        room, offset = room[got:], offset + got
 
 
 def open_store(path: str | Path) -> GradientStore:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made_rows import row
 
 from dataflex import load_config
 from dataflex.data.examples import Example
@@ -21,13 +22,6 @@ def lora_model(tiny_model_dir: Path) -> torch.nn.Module:
         if "lora_B" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     return model.train()
-
-
-def row(number: int, length: int, supervised: list[int]) -> Example:
-    """A row of `length` tokens of which those at `supervised` are learned from."""
-    generator = torch.Generator().manual_seed(100 + number)
-    ids = torch.randint(3, 49000, (length,), generator=generator).tolist()
-    return Example(number, ids, [ids[i] if i in supervised else -100 for i in range(length)], None, "made")
 
 
 @pytest.fixture

@@ -260,7 +260,7 @@ OUT_OF_MEMORY = """
 import resource, sys, torch
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from conftest import row
+from made_rows import row
 from dataflex import load_config
 from dataflex.gradients.capture import make_capture
 from dataflex.gradients.passes import batches_of, project_rows

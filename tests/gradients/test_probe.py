@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from made_rows import row
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 from dataflex import load_config
-from dataflex.data.examples import Example
 from dataflex.errors import UsageError
 from dataflex.gradients.capture import ForwardState, make_capture, undisturbed
 from dataflex.gradients.passes import batches_of, mean_loss, project_rows
@@ -20,14 +20,6 @@ from dataflex.gradients.probe import check_capture, check_gradients, groups_of, 
 from dataflex.lora import lora_pairs
 from dataflex.model import add_lora
 from dataflex.projection.identity import Identity
-
-
-def row(number: int, length: int, supervised: list[int]) -> Example:
-    """A row of `length` tokens of which those at `supervised` are learned from."""
-    generator = torch.Generator().manual_seed(100 + number)
-    ids = torch.randint(3, 49000, (length,), generator=generator).tolist()
-    return Example(number, ids, [ids[i] if i in supervised else -100 for i in range(length)], None, "made")
-
 
 SIZES = {
     "hidden_size": 64,

@@ -7,7 +7,9 @@ place of what a test has not got, with the reason.
 from __future__ import annotations
 
 import json
+import runpy
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,10 @@ LARGE = {
 LESS = f"dynamic examples/less.yaml {' '.join(LARGE)} {SMALL}"
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+BENCHMARKS = EXAMPLES / "benchmarks"
 SELECTORS = yaml.safe_load((EXAMPLES / "components.yaml").read_text(encoding="utf-8"))["selectors"]
+
+PEERS = ("run_bergson.py", "run_dataflex.py", "run_trak.py")  # import other projects, which a test has not got
 
 # Each YAML and the commands that execute it, in order.
 RULES = {
@@ -82,3 +87,15 @@ def test_a_deepspeed_file_is_taken(path: Path, checkout: Path) -> None:
     assert found["config"]["deepspeed"].endswith(path.name)
     zero = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
     DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+
+
+@pytest.mark.parametrize("name", sorted({path.name for path in BENCHMARKS.glob("*.py")} - {*PEERS}))
+def test_a_benchmark_script_finds_what_it_imports(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    runpy.run_path(str(BENCHMARKS / name), run_name="imported")
+
+
+def test_score_store_runs_on_a_few_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["score_store.py", "--rows", "30"])
+    runpy.run_path(str(BENCHMARKS / "score_store.py"), run_name="__main__")
+    assert "30 rows" in capsys.readouterr().out

@@ -122,7 +122,8 @@ class Whole:
 def stored(rows: np.ndarray, kind: str) -> np.ndarray:
     """Rows as a store of this format gives them back."""
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    return RowLayout(kind, rows.shape[1]).decode(RowLayout(kind, rows.shape[1]).encode(unit))
+    layout = RowLayout(kind, rows.shape[1])
+    return layout.decode(layout.encode(unit))
 
 
 def in_bfloat16(config: RunConfig, train: Split, validation: Split, pad_token_id: int) -> np.ndarray:

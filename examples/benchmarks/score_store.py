@@ -20,6 +20,7 @@ import numpy as np
 from dataflex import open_store
 from dataflex.influence.stored import stored_cosines
 from dataflex.provenance import device_name
+from dataflex.store.manifest import Manifest
 from dataflex.store.writer import StoreWriter, create_store
 
 DIM = 8192
@@ -27,7 +28,7 @@ BLOCK = 2000
 
 
 def write_store(path: Path, rows: int) -> None:
-    manifest = {"store_dtype": "float16", "proj_dim": DIM, "parameters": [], "datasets": []}
+    manifest = Manifest(store_dtype="float16", proj_dim=DIM)
     create_store(path, manifest=manifest, row=np.arange(rows), tokens=np.ones(rows, np.int32), subtask=None)
     vectors = np.random.default_rng(0).normal(size=(BLOCK, DIM)).astype(np.float32)
     with StoreWriter(path) as writer:

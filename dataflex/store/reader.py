@@ -12,10 +12,11 @@ import h5py
 import numpy as np
 
 from dataflex.errors import UsageError
-from dataflex.store.layout import FORMAT, VERSION, FileLayout, header_checksum, row_checksum
+from dataflex.store.layout import FORMAT, VERSION, FileLayout, header_checksum, row_checksums
 from dataflex.store.manifest import Manifest
 
 TILE_FLOATS = 1 << 20  # 4 MiB of float32
+WRITTEN = np.dtype([("row", np.int64), ("done", np.uint8), ("norm", np.float32), ("checksum", np.uint64)])
 
 
 class GradientStore:
@@ -41,6 +42,7 @@ class GradientStore:
                 )
             self.manifest = Manifest.from_json(attributes["manifest"])
             self._rows = self.manifest.row_layout
+            self._has_checksums = "checksum" in self._file
             self.row: np.ndarray = self._file["row"][:]
             self.tokens: np.ndarray = self._file["tokens"][:]
             self.subtask: list[str] | None = (
@@ -114,7 +116,7 @@ class GradientStore:
             index = range(len(self))[rows]
             return self[index : index + 1][0]
         stored = self._file["gradients"][rows]
-        self._require_intact(stored, rows)
+        self._require_intact(stored, self._written(rows))
         decoded = self._rows.decode(stored)
         if self.manifest.store_dtype == "int1":  # signs have no zero
             decoded[self._file["norm"][rows] == 0] = 0
@@ -134,6 +136,7 @@ class GradientStore:
         floats = np.empty((count, self.dim), dtype=np.float32)
         raw = np.empty((count, *data.shape[1:]), dtype=data.dtype)
         offset, stride = data.id.get_offset(), raw[0].nbytes
+        written = self._written(slice(start, stop))  # once: HDF5 lets one thread in at a time
         with open(self.path, "rb", buffering=0) as handle:
             for first in range(start, stop, count):
                 rows = min(count, stop - first)
@@ -141,28 +144,36 @@ class GradientStore:
                     data.read_direct(raw, np.s_[first : first + rows], np.s_[:rows])
                 else:
                     _read_fully(handle.fileno(), raw[:rows], offset + first * stride)
-                self._require_intact(raw[:rows], slice(first, first + rows))
+                self._require_intact(raw[:rows], written[first - start : first - start + rows])
                 self._rows.to_float(raw[:rows], floats[:rows])
                 yield first, floats[:rows]
 
-    def _require_intact(self, stored: np.ndarray, rows: Any) -> None:
-        damaged = self._damaged(stored, rows)
+    def _written(self, rows: Any) -> np.ndarray:
+        """[n] records: row number, done flag, norm, and the checksum that was written (0 where there are none)."""
+        row = self.row[rows]
+        written = np.zeros(len(row), dtype=WRITTEN)
+        written["row"], written["done"], written["norm"] = row, self._file["done"][rows], self._file["norm"][rows]
+        if self._has_checksums:
+            written["checksum"] = self._file["checksum"][rows]
+        return written
+
+    def _require_intact(self, stored: np.ndarray, written: np.ndarray) -> None:
+        damaged = self._damaged(stored, written)
         if damaged.any():
             raise UsageError(
-                f"gradient store {self.path}: damaged, the gradient of row {self.row[rows][damaged][0]} is not the one "
+                f"gradient store {self.path}: damaged, the gradient of row {written['row'][damaged][0]} is not the one "
                 "that was written; write the store again with --overwrite"
             )
 
-    def _damaged(self, stored: np.ndarray, rows: Any) -> np.ndarray:
-        """[n] bool: which of the `stored` rows, those of index `rows`, are done and not as they were written.
+    def _damaged(self, stored: np.ndarray, written: np.ndarray) -> np.ndarray:
+        """[n] bool: which of the `stored` rows are done and not as they were `written`.
 
         A store that another program made has no checksums: there a vector of zeros tells, if its norm is not zero.
         """
-        done = self._file["done"][rows] == 1
-        if "checksum" not in self._file:
-            return done & (self._file["norm"][rows] > 0) & ~stored.any(axis=1) & (self.manifest.store_dtype != "int1")
-        found = np.array([row_checksum(row) for row in stored], dtype=np.uint64)
-        return done & (found != self._file["checksum"][rows])
+        done = written["done"] == 1
+        if not self._has_checksums:
+            return done & (written["norm"] > 0) & ~stored.any(axis=1) & (self.manifest.store_dtype != "int1")
+        return done & (row_checksums(stored) != written["checksum"])
 
     def damaged_rows(self) -> list[int]:
         """Numbers of the rows that are done and whose bytes are not those they were written with. Reads the whole
@@ -170,8 +181,9 @@ class GradientStore:
         damaged: list[int] = []
         step = max(1, TILE_FLOATS // self.dim)
         for start in range(0, len(self), step):
-            part = slice(start, min(start + step, len(self)))
-            damaged += self.row[part][self._damaged(self._file["gradients"][part], part)].tolist()
+            written = self._written(slice(start, start + step))
+            stored = self._file["gradients"][start : start + step]
+            damaged += written["row"][self._damaged(stored, written)].tolist()
         return damaged
 
     def require_sound(self) -> None:

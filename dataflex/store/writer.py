@@ -22,7 +22,7 @@ import numpy as np
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import disk_errors_of
 from dataflex.locks import Lock
-from dataflex.store.layout import FORMAT, NUMPY_DTYPE, VERSION, header_checksum, row_checksum
+from dataflex.store.layout import FORMAT, NUMPY_DTYPE, VERSION, header_checksum, row_checksums
 from dataflex.store.manifest import Manifest
 from dataflex.store.reader import GradientStore
 
@@ -184,13 +184,14 @@ class StoreWriter:
         norms = np.linalg.norm(vectors, axis=1).astype(np.float32)
         lengths = norms[:, None]
         encoded = self._rows.encode(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
+        checksums = row_checksums(encoded)
         kept = f"; {int(self.done.sum())} of {len(self.done)} rows are committed"
         with disk_errors_of(f"gradient store {self.path}", kept):
             for position, index in enumerate(indices):
                 self._put("gradients", index, encoded[position])
                 self._put("norm", index, norms[position])
                 self._put("loss", index, np.float32(loss[position]))
-                self._put("checksum", index, np.uint64(row_checksum(encoded[position])))
+                self._put("checksum", index, checksums[position])
             os.fdatasync(self._handle)
             for index in indices:
                 self._put("done", index, np.uint8(1))

@@ -187,7 +187,7 @@ def _collector(
 ) -> Iterator[Callable[[list[Example]], None]]:
     """A function that takes a batch's gradients as `grads` does, its parts timed, and waits for the disk."""
     moments = live_moments(optimizer, capture.slots, 1, config.learning_rate)
-    direction = make_direction(config.gradient_type, config.adam_formula, moments, capture.slots)
+    direction = make_direction(config.gradient_type, config.adam_formula, moments, capture.slots, config.marginal)
     dim = config.proj_dim or 1
     projector = make_projector(config.projector, capture.parameters, dim, config.proj_seed, capture.device)
     manifest = Manifest(store_dtype=config.store_dtype, proj_dim=projector.dim)

@@ -59,6 +59,11 @@ def _report_to(value: Any) -> Any:
     return "none" if value is None else value
 
 
+def _as_text(value: Any) -> Any:
+    """A number, as YAML reads `15`, becomes its text."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _steps(value: float) -> float:
     if value > 1 and value != int(value):
         raise ValueError("expected a whole number of steps, or a share of the run below 1")
@@ -304,6 +309,12 @@ class RunConfig(BaseModel):
     sgd: the row's gradient. sign: the sign of the row's gradient."""
     eval_gradient_type: Annotated[Literal["adam", "sgd", "sign"], DIRECTION] = "sgd"
     """Direction of a validation row: its gradient (sgd), the sign of its gradient, or the Adam step on it."""
+    marginal: Annotated[bool, DIRECTION] = False
+    """true: an Adam direction is Γ(g) − Γ(0), without the step that AdamW would take on a zero gradient, the momentum
+    that all rows share. false: it is Γ(g), the whole step."""
+    grad_layers: Annotated[str | None, BeforeValidator(_as_text), Field(pattern=r"^\d+(-\d+)?$"), DIRECTION] = None
+    """Decoder layers whose LoRA pairs enter the direction, as 15-29; the backward pass stops at the lowest one. null:
+    all layers."""
     adam_formula: Annotated[Literal["torch", "dataflex", "less"], DIRECTION] = "torch"
     """Adam's step: bias-corrected as torch's, without correction (dataflex), or with epsilon in the root (less)."""
     proj_dim: Annotated[PositiveInt | None, PROJECTION] = 8192
@@ -318,9 +329,18 @@ class RunConfig(BaseModel):
     )
     """Number format of a stored gradient. float32 and float16: as they are. int8: scaled to the largest number of
     the row. int1: signs alone."""
-    reduce: Annotated[Literal["mean", "max", "round-robin"], Key(Decides.SCORES, component=True)] = "max"
+    contrast: Annotated[
+        NonNegativeInt | Literal["pool"],
+        Key(Decides.SCORES, used_by=("dynamic", "grads", "score"), component=True),
+    ] = 0
+    """Take off a row's score its mean cosine with the plain gradients of reference rows of the training data. N: N
+    random rows. pool: all rows; with proj_dim null this takes a second pass over them. 0: take nothing off."""
+    normalise: Annotated[Literal["rows"] | None, Key(Decides.SCORES, component=True)] = None
+    """rows: standardise each validation row's cosines over the training rows, so that no validation row outweighs the
+    others. null: leave the cosines as they are."""
+    reduce: Annotated[Literal["mean", "max", "round-robin", "rows"], Key(Decides.SCORES, component=True)] = "max"
     """How a row's scores for several subtasks become one score. mean: their mean. max: the largest. round-robin:
-    subtasks take turns at picking their best row that is left."""
+    subtasks take turns at picking their best row that is left. rows: validation rows take such turns."""
     accumulate: Annotated[bool, Key(Decides.SCORES, used_by=("dynamic",), component=True)] = True
     """true: a score is the sum over the selections so far, weighted by learning rate. false: the latest selection alone
     counts."""
@@ -411,6 +431,11 @@ class RunConfig(BaseModel):
     def rows_per_step(self) -> int:
         """T: rows in one optimizer step over all devices."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def per_row(self) -> bool:
+        """Whether scores take the cosine with every single validation row, not with each subtask's mean."""
+        return self.reduce == "rows" or self.normalise == "rows"
 
     @property
     def folded_adapters(self) -> list[str]:

@@ -51,7 +51,9 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
     run = load_run(config, "dynamic", progress, steps_over, selects=True)
     if run is None:
         return output_dir
-    capture = make_capture(run.model, compute_dtype(config), run.tokenizer.pad_token_id, config.token_budget)
+    capture = make_capture(
+        run.model, compute_dtype(config), run.tokenizer.pad_token_id, config.token_budget, config.grad_layers
+    )
     with begin(run) as record:
         if config.token_budget is None:  # a run taken up again cuts the batches it began with, whatever is free now
             capture = replace(capture, token_budget=record.facts.get("token_budget", capture.token_budget))

@@ -6,14 +6,22 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
 
 from dataflex.errors import DataflexError, UsageError
 from dataflex.json_text import iter_objects, json_line
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
+MAX_IN_MEMORY = 1 << 28  # bytes of an array that is not kept in a file
 
 # What a write fails with through no fault of the program's.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -41,6 +49,15 @@ def disk_errors_of(what: str, kept: str = "") -> Iterator[None]:
         if reason is None:
             raise
         raise DataflexError(f"{what}: {reason}; make room, and the same command goes on{kept}") from error
+
+
+def scratch_array(shape: tuple[int, ...], dtype: DTypeLike, folder: Path | None = None) -> np.ndarray:
+    """An array of zeros: in memory, or from MAX_IN_MEMORY bytes on in a nameless file in `folder` (the system's folder
+    for temporary files when left out), which goes when the array does."""
+    if math.prod(shape) * np.dtype(dtype).itemsize <= MAX_IN_MEMORY:
+        return np.zeros(shape, dtype)
+    with disk_errors_of("scratch file"), tempfile.TemporaryFile(dir=folder) as handle:
+        return np.memmap(handle, dtype, "w+", shape=shape)
 
 
 @contextlib.contextmanager

@@ -304,6 +304,30 @@ def layout(pairs: list[LoraPair]) -> list[Slot]:
     return slots
 
 
+def pairs_of_layers(pairs: list[LoraPair], layers: str) -> list[LoraPair]:
+    """The pairs of the decoder layers that `layers` names, as `15-29` or `15`; numbers count from 0, ends included.
+
+    Raises:
+        UsageError: for a layer that has no pair.
+    """
+    first, _, last = layers.partition("-")
+    wanted = range(int(first), int(last or first) + 1)
+    numbers = [_layer_of(pair.name) for pair in pairs]
+    missing = sorted(set(wanted) - set(numbers))
+    if missing or not wanted:
+        there = sorted(number for number in set(numbers) if number is not None)
+        raise UsageError(
+            f"grad_layers {layers}: the adapter has no pair in layer {missing[0] if missing else first}; "
+            f"it has pairs in {f'layers {there[0]} to {there[-1]}' if there else 'no numbered layer'}"
+        )
+    return [pair for pair, number in zip(pairs, numbers, strict=True) if number in wanted]
+
+
+def _layer_of(name: str) -> int | None:
+    """The number of the decoder layer that a module stands in: the first number in its path."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
 def full_value(weight: torch.Tensor) -> torch.Tensor:
     """A parameter's value as float32, gathered from all processes where ZeRO-3 has shared it out. Collective there."""
     if not hasattr(weight, "ds_id"):

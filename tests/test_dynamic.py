@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dataflex import dynamic, load_config, load_examples
 from dataflex.errors import DataflexError, UsageError
+from dataflex.gradients.reference import reference_rows
 from dataflex.influence import exact
 from dataflex.model import load_adapter, load_base_model
 from dataflex.training.moments import load_moments
@@ -50,8 +51,20 @@ def options(tiny_model_dir: Path, data_dir: Path, tmp_path: Path) -> dict:
 
 def slow_cosines(config, checkpoint: Path) -> np.ndarray:
     """[subtasks, rows]: each cosine from autograd on one row and a real AdamW's step, in float64."""
+    steps, _, queries = slow_directions(config, checkpoint)
+    cosines, subtasks = queries @ steps.T, [example.subtask for example in load_examples(config, "eval")]
+    return np.array([cosines[[subtask == name for subtask in subtasks]].mean(axis=0) for name in "xy"])
+
+
+def slow_directions(config, checkpoint: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As unit rows in float64: the training rows' AdamW steps and their gradients [N, P], and the validation rows'
+    gradients [V, P]; of the layers in grad_layers."""
     model = load_adapter(load_base_model(config, torch.float32), checkpoint, config).eval().double()
-    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    names = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.requires_grad and (config.grad_layers is None or f".layers.{config.grad_layers}." in name)
+    }
     moments = load_moments(checkpoint)
 
     def gradient(example) -> dict[str, torch.Tensor]:
@@ -77,17 +90,17 @@ def slow_cosines(config, checkpoint: Path) -> np.ndarray:
             parts.append(-theta.detach().flatten())
         return torch.cat(parts)
 
-    def unit(vector: torch.Tensor) -> torch.Tensor:
-        return vector / vector.norm()
+    def flat(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.cat([value.flatten() for value in gradients.values()])
 
-    validation = load_examples(config, "eval")
-    queries = [unit(torch.cat([g.flatten() for g in gradient(example).values()])) for example in validation]
-    rows = []
-    for example in load_examples(config):
-        step = unit(adam_step(gradient(example)))
-        cosines = [float(step @ query) for query in queries]
-        rows.append([np.mean([c for c, v in zip(cosines, validation, strict=True) if v.subtask == s]) for s in "xy"])
-    return np.array(rows).T
+    def units(vectors: list[torch.Tensor]) -> np.ndarray:
+        return np.array([(vector / vector.norm()).numpy() for vector in vectors])
+
+    gradients = [gradient(example) for example in load_examples(config)]
+    at_zero = adam_step({name: torch.zeros_like(value) for name, value in gradients[0].items()})
+    steps = [adam_step(value) - (at_zero if config.marginal else 0) for value in gradients]
+    queries = [flat(gradient(example)) for example in load_examples(config, "eval")]
+    return units(steps), units([flat(value) for value in gradients]), units(queries)
 
 
 def read_selection(folder: Path, step: int) -> list[dict]:
@@ -127,8 +140,64 @@ def test_a_selection_before_the_first_step_has_that_steps_weight(options, warmup
 
 def test_exact_scores_that_memory_does_not_hold_are_not_begun(options, tmp_path, monkeypatch):
     monkeypatch.setattr(exact, "free_memory", lambda place: 10**3)
-    with pytest.raises(DataflexError, match=r"for each of 2 subtasks: .* GB are needed and 1e-06 GB are free; use pro"):
+    with pytest.raises(DataflexError, match=r"keep a direction of \d+ .* GB are needed and 1e-06 GB are free; use pro"):
         dynamic(load_config(options={**options, "proj_dim": None, "output_dir": str(tmp_path / "out")}))
+
+
+STORED = {"proj_dim": 8, "projector": "none", "store_dtype": "float32"}
+
+
+@pytest.mark.parametrize("route", ["exact", "exact in groups", "stored"])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"marginal": True},
+        {"contrast": "pool"},
+        {"marginal": True, "contrast": 5, "normalise": "rows"},
+        {"normalise": "rows", "reduce": "mean"},
+        {"reduce": "rows", "contrast": "pool"},
+        {"grad_layers": "1", "marginal": True},
+    ],
+    ids=lambda params: " ".join(params),
+)
+def test_every_variant_equals_the_slow_way(options, params, route, monkeypatch):
+    config = load_config(options={**options, **params, **(STORED if route == "stored" else {})})
+    if route == "exact in groups":
+        monkeypatch.setattr(exact, "free_memory", lambda device: 4 * 10**5)  # room for one direction, not for two
+    folder = dynamic(config)
+    rows = np.array([example.row for example in load_examples(config)])
+    subtasks = np.array([example.subtask for example in load_examples(config, "eval")])
+    found, total, rates = {}, 0, 0
+    for step in (3, 5):
+        steps, plain, queries = slow_directions(config, folder / f"checkpoint-{step}")
+        cosines = queries @ steps.T
+        if config.contrast:
+            cosines = cosines - (steps @ plain[reference_rows(config, len(rows))].T).mean(axis=1)
+        if config.normalise:
+            cosines = (cosines - cosines.mean(axis=1, keepdims=True)) / cosines.std(axis=1, keepdims=True)
+        rate = load_moments(folder / f"checkpoint-{step}").learning_rate
+        if config.reduce != "rows":
+            means = np.array([cosines[subtasks == name].mean(axis=0) for name in "xy"])
+            cosines = means.mean(axis=0) if config.reduce == "mean" else means.max(axis=0)
+        total, rates = total + rate * cosines, rates + rate
+        found[step] = total / rates
+    for step, scores in found.items():
+        selection = read_selection(folder, step)
+        if config.reduce == "rows":
+            order: list[int] = []
+            for turn in range(4):
+                order.append(next(i for i in np.argsort(-scores[turn], kind="stable") if i not in order))
+            assert [line["score"] for line in selection] == [1 - position / len(rows) for position in range(4)]
+        else:
+            order = np.argsort(-scores, kind="stable")[:4].tolist()
+            atol = 2e-3 if config.normalise else 3e-5  # standardising divides by a small spread
+            np.testing.assert_allclose([line["score"] for line in selection], scores[order], atol=atol)
+        assert [line["row"] for line in selection] == rows[order].tolist()
+
+
+def test_a_layer_that_has_no_pair_is_refused(options):
+    with pytest.raises(UsageError, match=r"grad_layers 1-9: .* no pair in layer 2; it has pairs in layers 0 to 1"):
+        dynamic(load_config(options={**options, "grad_layers": "1-9"}))
 
 
 def test_stored_scores_without_projection_equal_exact_ones(options, tmp_path):
@@ -137,9 +206,7 @@ def test_stored_scores_without_projection_equal_exact_ones(options, tmp_path):
         load_config(
             options={
                 **options,
-                "proj_dim": 8,
-                "projector": "none",
-                "store_dtype": "float32",
+                **STORED,
                 "cache_dir": str(tmp_path / "cache"),
                 "output_dir": str(tmp_path / "stored"),
             }

@@ -30,7 +30,7 @@ from dataflex.data.batches import collate
 from dataflex.data.examples import Example
 from dataflex.errors import UsageError
 from dataflex.gradients.loss import PositionLosses, RowLosses, position_losses_of, row_losses, whole_losses
-from dataflex.lora import LoraPair, Slot, full_value, layout, lora_pairs
+from dataflex.lora import LoraPair, Slot, full_value, layout, lora_pairs, pairs_of_layers
 from dataflex.model import device
 
 OnGradient = Callable[[Slot, torch.Tensor], None]
@@ -179,8 +179,12 @@ class Capture:
         return batch["input_ids"].to(self.device), batch["labels"].to(self.device)
 
 
-def make_capture(model: nn.Module, dtype: torch.dtype, pad_token_id: int, token_budget: int | None) -> Capture:
-    """Make `model`'s LoRA pairs ready for taking gradients.
+def make_capture(
+    model: nn.Module, dtype: torch.dtype, pad_token_id: int, token_budget: int | None, layers: str | None = None
+) -> Capture:
+    """Make `model`'s LoRA pairs ready for taking gradients: all of them, or those of the `layers` (`15-29`).
+
+    Backward stops at the lowest layer that has one of these pairs.
 
     Without a `token_budget` the free memory of the first process's device gives one. Every process must call this.
 
@@ -190,6 +194,8 @@ def make_capture(model: nn.Module, dtype: torch.dtype, pad_token_id: int, token_
     if dtype == torch.float16:
         raise UsageError("fp16: gradients of single rows underflow in float16; use bf16=true, or neither")
     pairs = lora_pairs(model)
+    if layers is not None:
+        pairs = pairs_of_layers(pairs, layers)
     slots = layout(pairs)
     budget = token_budget or _fitting_budget(model, slots, dtype)
     return Capture(model, pairs, slots, dtype, pad_token_id, budget, ForwardState(model))

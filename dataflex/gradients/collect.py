@@ -20,7 +20,9 @@ from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import batches_of, name_bad_rows, project_rows
 from dataflex.gradients.probe import check_capture
+from dataflex.gradients.reference import reference_rows
 from dataflex.keys import Decides, select_keys
+from dataflex.lora import lora_pairs
 from dataflex.masking import masked
 from dataflex.model import check_vocabulary, compute_dtype, load_adapter, load_frozen_model, load_tokenizer, on_device
 from dataflex.progress import SILENT, Interrupted, Progress
@@ -68,7 +70,7 @@ def checkpoint_capture(config: RunConfig, checkpoint: Path, pad_token_id: int) -
     """The base model with `checkpoint`'s adapter, ready for a pass."""
     dtype = compute_dtype(config)
     model = on_device(load_adapter(load_frozen_model(config), checkpoint, config))
-    return make_capture(model, dtype, pad_token_id, config.token_budget)
+    return make_capture(model, dtype, pad_token_id, config.token_budget, config.grad_layers)
 
 
 def collect(
@@ -93,7 +95,8 @@ def collect(
     """
     manifest = manifest_of(config, capture, split, split_name, moments, progress)
     gradient_type = config.eval_gradient_type if split_name == "eval" else config.gradient_type
-    direction = make_direction(gradient_type, config.adam_formula, moments, capture.slots)
+    direction = make_direction(gradient_type, config.adam_formula, moments, capture.slots, config.marginal)
+    reference = reference_rows(config, len(split.examples)) if split_name == "train" else []
     projector = make_projector(
         config.projector, capture.parameters, manifest.proj_dim, config.proj_seed, capture.device
     )
@@ -118,15 +121,16 @@ def collect(
         f"{split_name} gradients",
         done=len(split.examples) - sum(map(len, batches)),
         skip_bad=config.skip_bad_rows,
+        reference=set(reference),
     )
     # the other processes hand their rows to the first: one writer, whatever the file system
     with StoreWriter(path) if processes.rank() == 0 else contextlib.nullcontext() as writer:
         try:
             for rows in computed:
-                shares = processes.gather((rows.indices, rows.vectors.cpu().numpy(), rows.loss.cpu().numpy()))
-                for indices, vectors, loss in shares:
+                mine = (rows.indices, rows.vectors.cpu().numpy(), rows.loss.cpu().numpy(), rows.plain.cpu().numpy())
+                for indices, vectors, loss, plain in processes.gather(mine):
                     if indices:
-                        writer.write(indices, vectors, loss)
+                        writer.write(indices, vectors, loss, plain)
                         bad += [split.examples[index] for index in np.array(indices)[~vectors.any(axis=1)]]
             if writer is not None:
                 writer.flush()
@@ -157,7 +161,7 @@ def manifest_of(
     typed: dict[str, Any] = {
         "model_name_or_path": masked(config.model_name_or_path),
         "base_model": base_model,
-        "adapter": live_adapter_fingerprint(capture.pairs),
+        "adapter": live_adapter_fingerprint(lora_pairs(capture.model)),
         "dtype": str(capture.dtype).removeprefix("torch."),
         "split": split_name,
         "dataset": split_names(config, split_name),
@@ -179,7 +183,11 @@ def manifest_of(
         "versions": {name: version(name) for name in LIBRARIES},
     }
     further = [key for key in MANIFEST_KEYS if key not in typed and key not in TOLD_OTHERWISE]
-    return Manifest(**typed, settings=masked(values_of(config, further)))
+    settings = values_of(config, further)
+    settings["marginal"] = config.marginal and gradient_type == "adam"
+    if split_name == "eval":
+        settings["contrast"] = 0
+    return Manifest(**typed, settings=masked(settings))
 
 
 def dataset_starts(split: Split) -> list[list[Any]]:

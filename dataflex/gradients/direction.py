@@ -14,6 +14,11 @@ Direction = Callable[[Slot, torch.Tensor], torch.Tensor]
 """(slot, gradient [rows, size] float32) → direction, same shape; may overwrite the gradient."""
 
 
+def plain_direction(slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient itself: the direction `sgd`."""
+    return gradient
+
+
 def adam_direction(
     gradient: torch.Tensor,
     exp_avg: torch.Tensor,
@@ -51,14 +56,20 @@ def adam_direction(
     return numerator.div_(denominator)
 
 
-def make_direction(gradient_type: str, formula: str, moments: AdamMoments | None, slots: list[Slot]) -> Direction:
+def make_direction(
+    gradient_type: str, formula: str, moments: AdamMoments | None, slots: list[Slot], marginal: bool = False
+) -> Direction:
     """The Γ of a pass, its moments checked against the parameters it will meet.
+
+    Args:
+        marginal: give Γ(g) − Γ(0), which leaves out the step that AdamW would take on a zero gradient: the momentum,
+            which every row's Γ shares. The directions sgd and sign of a zero gradient are zero already.
 
     Raises:
         UsageError: for `adam` without moments, or with moments of other parameters.
     """
     if gradient_type == "sgd":
-        return lambda slot, gradient: gradient
+        return plain_direction
     if gradient_type == "sign":
         return lambda slot, gradient: gradient.sign_()
     if moments is None:
@@ -70,11 +81,11 @@ def make_direction(gradient_type: str, formula: str, moments: AdamMoments | None
         held = moments.exp_avg.get(slot.name)
         if held is None or held.numel() != slot.size:
             raise UsageError(f"the checkpoint's Adam moments do not fit its adapter at {slot.name}")
-    place = slots[0].parameter.device
-    first = {slot.name: moments.exp_avg[slot.name].reshape(-1).to(place) for slot in slots}
-    second = {slot.name: moments.exp_avg_sq[slot.name].reshape(-1).to(place) for slot in slots}
+    device = slots[0].parameter.device
+    first = {slot.name: moments.exp_avg[slot.name].reshape(-1).to(device) for slot in slots}
+    second = {slot.name: moments.exp_avg_sq[slot.name].reshape(-1).to(device) for slot in slots}
 
-    def direction(slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
+    def adam(slot: Slot, gradient: torch.Tensor) -> torch.Tensor:
         return adam_direction(
             gradient,
             first[slot.name],
@@ -86,4 +97,7 @@ def make_direction(gradient_type: str, formula: str, moments: AdamMoments | None
             formula,
         )
 
-    return direction
+    if not marginal:
+        return adam
+    at_zero = {slot.name: adam(slot, torch.zeros(1, slot.size, device=device)) for slot in slots}
+    return lambda slot, gradient: adam(slot, gradient).sub_(at_zero[slot.name])

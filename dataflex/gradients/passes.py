@@ -6,7 +6,7 @@ Nothing here knows of files; the store and the exact scores both feed on it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,8 @@ class Projected:
     """[rows, k] float32: the image of each row's direction; all zero for a bad row that was skipped."""
     loss: torch.Tensor
     """[rows] float32"""
+    plain: torch.Tensor
+    """[r, k] float32: the image of the plain gradient of each reference row of the batch, in the order of `indices`."""
 
 
 def batches_of(capture: Capture, examples: Sequence[Example], dim: int) -> list[list[int]]:
@@ -72,11 +74,13 @@ def project_rows(
     description: str = "gradients",
     done: int = 0,
     skip_bad: bool = False,
+    reference: Collection[int] = (),
 ) -> Iterator[Projected]:
     """Take this process's share of the batches through `projector`, one batch a turn.
 
     Every process yields as many times: one without a batch left in the last turn yields one of no rows. The
-    model is as it was between the batches as well as at the end. `done` rows stand behind it already.
+    model is as it was between the batches as well as at the end. `done` rows stand behind it already. Of the rows
+    whose indices are in `reference` the plain gradient is projected as well.
 
     Raises:
         DataflexError: naming the row whose direction is not finite or all zero, unless such are skipped.
@@ -87,35 +91,43 @@ def project_rows(
         if done:
             task.advance(done)
         for turn, batch in enumerate(processes.my_turns(batches)):
-            rows = [examples[index] for index in batch or []]
+            rows = [_Row(examples[index], index in reference) for index in batch or []]
             if rows:
-                vectors, loss, too_large = _project_what_fits(
+                vectors, loss, plain, too_large = _project_what_fits(
                     capture, rows, values, direction, projector, progress, too_large
                 )
                 bad = _bad_rows(vectors)
                 if bad and not skip_bad:
-                    raise _bad_row_error(rows[bad[0]], vectors[bad[0]])
+                    raise _bad_row_error(rows[bad[0]].example, vectors[bad[0]])
                 vectors[bad] = 0
             else:
                 if capture.shared_weights:  # gathering them takes every process
-                    _project_batch(capture, [examples[batches[-1][0]]], values, direction, projector)
-                vectors, loss = torch.zeros(0, projector.dim), torch.zeros(0)
-            yield Projected(batch or [], vectors, loss)
+                    _project_batch(capture, [_Row(examples[batches[-1][0]], False)], values, direction, projector)
+                vectors, loss, plain = torch.zeros(0, projector.dim), torch.zeros(0), torch.zeros(0, projector.dim)
+            yield Projected(batch or [], vectors, loss, plain)
             together = batches[turn * processes.size() : (turn + 1) * processes.size()]
             losses, seen = losses + loss.nansum().item(), seen + len(rows)
             processes.advance(task, sum(len(batch) for batch in together), loss=losses / max(1, seen))
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of a batch."""
+
+    example: Example
+    is_reference: bool
+
+
 def _project_what_fits(
     capture: Capture,
-    rows: list[Example],
+    rows: list[_Row],
     values: list[tuple[torch.Tensor, torch.Tensor]],
     direction: Direction,
     projector: Projector,
     progress: Progress,
     too_large: float,
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """`_project_batch` in as many parts as memory asks for: vectors, losses, and the tokens that did not fit.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """`_project_batch` in as many parts as memory asks for; and the tokens that did not fit.
 
     Raises:
         DataflexError: where a single row does not fit, or where ZeRO-3 has all processes take the same passes.
@@ -123,7 +135,7 @@ def _project_what_fits(
     waiting, made = [rows], []
     while waiting:
         part = waiting.pop()
-        tokens = len(part) * max(len(row.input_ids) for row in part)
+        tokens = len(part) * max(len(row.example.input_ids) for row in part)
         if tokens >= too_large and len(part) > 1:
             waiting += [part[len(part) // 2 :], part[: len(part) // 2]]
             continue
@@ -135,28 +147,33 @@ def _project_what_fits(
                 raise
         if capture.shared_weights or len(part) == 1:
             raise DataflexError(
-                f"out of memory over {tokens} tokens (row {part[0].row} of {part[0].dataset} is the longest); "
-                + ("lower cutoff_len" if len(part) == 1 else "set token_budget lower")
+                f"out of memory over {tokens} tokens (row {part[0].example.row} of {part[0].example.dataset} is the "
+                "longest); " + ("lower cutoff_len" if len(part) == 1 else "set token_budget lower")
             )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         too_large = tokens
         waiting.append(part)
         progress.say(f"out of memory over {tokens} tokens; going on with half as many")
-    vectors, losses = zip(*made, strict=True)
-    return torch.cat(vectors), torch.cat(losses), too_large
+    vectors, losses, plain = (torch.cat(parts) for parts in zip(*made, strict=True))
+    return vectors, losses, plain, too_large
 
 
 def _project_batch(
     capture: Capture,
-    rows: list[Example],
+    rows: list[_Row],
     values: list[tuple[torch.Tensor, torch.Tensor]],
     direction: Direction,
     projector: Projector,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The images of the rows' directions, their losses, and the images of the reference rows' plain gradients."""
     vectors = torch.zeros(len(rows), projector.dim, device=capture.device)
+    reference = [position for position, row in enumerate(rows) if row.is_reference]
+    plain = torch.zeros(len(reference), projector.dim, device=capture.device)
 
     def on_gradient(slot: Slot, gradient: torch.Tensor) -> None:
+        if reference:  # first: a direction may overwrite the gradient
+            projector.add(plain, slot.offset, gradient[reference])
         projector.add(vectors, slot.offset, direction(slot, gradient))
 
     with capture.running():
@@ -165,12 +182,12 @@ def _project_batch(
             capture.pairs,
             capture.slots,
             values,
-            *capture.inputs(rows),
+            *capture.inputs([row.example for row in rows]),
             on_gradient,
             fused=capture.fused,
             position_losses=capture.position_losses,
         )
-    return vectors, losses.loss
+    return vectors, losses.loss, plain
 
 
 def _bad_rows(vectors: torch.Tensor) -> list[int]:

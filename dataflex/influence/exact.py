@@ -4,6 +4,7 @@ dotted with them while it passes. No store, no approximation, less work than any
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from dataflex import processes
 from dataflex.cost import free_memory
 from dataflex.data.examples import Example
 from dataflex.errors import DataflexError
+from dataflex.files import scratch_array
 from dataflex.gradients.capture import Capture
-from dataflex.gradients.direction import Direction
+from dataflex.gradients.direction import Direction, plain_direction
 from dataflex.gradients.passes import batches_of, project_rows
 from dataflex.influence.scores import ONE_SUBTASK, check_subtasks
 from dataflex.progress import SILENT, Progress
@@ -29,48 +31,101 @@ def exact_cosines(
     validation_direction: Direction,
     progress: Progress = SILENT,
     skip_bad: bool = False,
+    *,
+    per_row: bool = False,
+    reference: Sequence[Example] = (),
+    scratch: Path | None = None,
 ) -> tuple[list[str], np.ndarray]:
-    """Each training row's mean cosine with each subtask's rows: names, and [S, N] float32.
+    """Each training row's mean cosine with each subtask's rows: the subtasks' names, and [S, N] float32.
 
     With `skip_bad`, a row whose direction is all zero or not finite has NaN, or has no part in the means.
 
-    Memory beyond the model: S × P float32 for the subtasks' mean directions.
+    Memory beyond the model: S × P float32 for the subtasks' mean directions. Where they do not fit, the training rows
+    pass once for as many subtasks as do.
+
+    Args:
+        per_row: give the cosine with each validation row, [V, N], and the subtask of each; a bad one has NaN.
+        reference: rows whose mean cosine, with their plain gradients, is taken off every cosine.
+        scratch: the folder for a file that holds the cosines where they are many; the system's when left out.
 
     Raises:
-        DataflexError: where they do not fit.
+        DataflexError: where not even one direction fits.
     """
-    names = sorted({example.subtask or ONE_SUBTASK for example in validation})
-    needed, free = 4 * len(names) * capture.parameters, free_memory(capture.device)
-    if needed > free:
-        raise DataflexError(
-            f"exact scores keep a direction of {capture.parameters} numbers for each of {len(names)} subtasks: "
-            f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB are free; use proj_dim=8192"
-        )
-    queries = torch.zeros(len(names), capture.parameters, device=capture.device)
-    counts = torch.zeros(len(names), 1, device=capture.device)
-    identity = Identity(capture.parameters)
-    batches = batches_of(capture, validation, identity.dim)
-    for rows in project_rows(
-        capture, validation, batches, validation_direction, identity, progress, "eval gradients", skip_bad=skip_bad
-    ):
-        for index, vector in zip(rows.indices, rows.vectors, strict=True):
-            length = vector.norm()
-            if length == 0:
-                continue
-            place = names.index(validation[index].subtask or ONE_SUBTASK)
-            queries[place].add_(vector / length)
-            counts[place] += 1
-    processes.sum_over([queries, counts])
-    check_subtasks([name for name, count in zip(names, counts, strict=True) if count == 0])
-    queries /= counts
+    labels = [example.subtask or ONE_SUBTASK for example in validation]
+    members = (
+        [[index] for index in range(len(labels))]
+        if per_row
+        else [[index for index, label in enumerate(labels) if label == name] for name in sorted(set(labels))]
+    )
+    taken_off = _mean_unit(capture, [reference], plain_direction, progress, "reference gradients", skip_bad)
+    cosines = scratch_array((len(members), len(train)), np.float32, scratch)
+    at_once = _queries_that_fit(capture, len(members))
+    for start in range(0, len(members), at_once):
+        group = members[start : start + at_once]
+        rows = [[validation[index] for index in query] for query in group]
+        means = _mean_unit(capture, rows, validation_direction, progress, "eval gradients", skip_bad)
+        if not per_row:
+            check_subtasks([labels[query[0]] for query, mean in zip(group, means, strict=True) if mean.isnan().any()])
+        _fill(cosines[start : start + at_once], capture, train, train_direction, means - taken_off, progress, skip_bad)
+    return [labels[query[0]] for query in members], cosines
 
-    cosines = np.empty((len(names), len(train)), dtype=np.float32)
+
+def _queries_that_fit(capture: Capture, wanted: int) -> int:
+    """How many vectors [P] the first process's device has room for; at most `wanted`. Collective."""
+    bytes_each, free = 4 * capture.parameters, free_memory(capture.device)
+    fitting = processes.broadcast(min(wanted, free // bytes_each))
+    if fitting < 1:
+        raise DataflexError(
+            f"exact scores keep a direction of {capture.parameters} numbers: {bytes_each / 1e9:.3g} GB are needed and "
+            f"{free / 1e9:.3g} GB are free; use proj_dim=8192"
+        )
+    return fitting
+
+
+def _mean_unit(
+    capture: Capture,
+    groups: Sequence[Sequence[Example]],
+    direction: Direction,
+    progress: Progress,
+    description: str,
+    skip_bad: bool,
+) -> torch.Tensor:
+    """The mean unit direction of each group of rows, [groups, P] float32; zero for a group of no rows, NaN for one of
+    bad rows only. Collective."""
+    sums = torch.zeros(len(groups), capture.parameters, device=capture.device)
+    counts = torch.zeros(len(groups), 1, device=capture.device)
+    rows = [row for group in groups for row in group]
+    if not rows:
+        return sums
+    owner = [number for number, group in enumerate(groups) for _ in group]
+    identity = Identity(capture.parameters)
+    batches = batches_of(capture, rows, identity.dim)
+    for batch in project_rows(capture, rows, batches, direction, identity, progress, description, skip_bad=skip_bad):
+        for index, vector in zip(batch.indices, batch.vectors, strict=True):
+            length = vector.norm()
+            if length > 0:
+                sums[owner[index]].add_(vector / length)
+                counts[owner[index]] += 1
+    processes.sum_over([sums, counts])
+    return sums / counts
+
+
+def _fill(
+    cosines: np.ndarray,
+    capture: Capture,
+    train: Sequence[Example],
+    direction: Direction,
+    queries: torch.Tensor,
+    progress: Progress,
+    skip_bad: bool,
+) -> None:
+    """Write every training row's products with `queries` [Q, P] to `cosines` [Q, N], the same in every process."""
     projector = Queries(queries)
     batches = batches_of(capture, train, projector.dim)
     for rows in project_rows(
-        capture, train, batches, train_direction, projector, progress, "train gradients", skip_bad=skip_bad
+        capture, train, batches, direction, projector, progress, "train gradients", skip_bad=skip_bad
     ):
         products = rows.vectors[:, :-1] / rows.vectors[:, -1:].sqrt()
         for indices, values in processes.gather((rows.indices, products.T.cpu().numpy())):
             cosines[:, indices] = values
-    return names, processes.broadcast(cosines)
+    cosines[:] = processes.broadcast(cosines)

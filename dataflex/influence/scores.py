@@ -7,8 +7,9 @@ vector per (checkpoint, subtask) stands for any number of validation rows.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import numpy as np
 from dataflex.data.examples import Example
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import read_jsonl, write_jsonl
+
+MIN_HELD = 1024
+"""The fewest indices that a turn's order holds at a time."""
 
 ONE_SUBTASK = "all"
 """The name of the only subtask where validation rows name none."""
@@ -80,37 +84,110 @@ def reduce_subtasks(values: np.ndarray, how: str) -> np.ndarray:
 
 
 def round_robin(values: np.ndarray) -> np.ndarray:
-    """[S, N] to [N]: subtasks take turns at picking their best row that is left; earlier picks score higher.
+    """[Q, N] to [N]: subtasks or validation rows take turns at picking their best row that is left; earlier picks score
+    higher.
 
     Rows that are NaN stay so, and are not picked. The scores are 1 − position/N, so the n best are what n turns pick.
+    Memory beside the values: N/16 indices for each of Q.
     """
-    subtasks, count = values.shape
-    queues = [iter(np.argsort(-row, kind="stable").tolist()) for row in values]  # NaN comes last
+    count = values.shape[1]
     scores = np.full(count, np.nan)
-    for position in range(int((~np.isnan(values).any(axis=0)).sum())):
-        queue = queues[position % subtasks]
-        pick = next(index for index in queue if np.isnan(scores[index]))
+    taken = np.isnan(values).any(axis=0)
+    left = int((~taken).sum())
+    turns = itertools.cycle([_best_first(row, taken) for row in values])
+    for position in range(left):
+        pick = next(next(turns))
+        taken[pick] = True
         scores[pick] = 1 - position / count
     return scores
 
 
-def influence(cosines: Sequence[np.ndarray], weights: Sequence[float], how: str) -> tuple[np.ndarray, np.ndarray]:
+def _best_first(row: np.ndarray, taken: np.ndarray) -> Iterator[int]:
+    """Indices of `row` [N] that are not `taken`, the highest value first, equal values in order.
+
+    `taken` may grow meanwhile. Only a part of the order is held at a time.
+    """
+    held = max(MIN_HELD, len(row) // 16)
+    while len(left := np.flatnonzero(~taken)):
+        values = row[left]
+        if len(left) > held:
+            keep = values >= np.partition(values, -held)[-held]
+            left, values = left[keep], values[keep]
+        order = left[np.argsort(-values, kind="stable")]
+        for start in range(0, len(order), MIN_HELD):
+            block = order[start : start + MIN_HELD]
+            for index in block[~taken[block]].tolist():
+                if not taken[index]:
+                    yield index
+
+
+def standardise(values: np.ndarray) -> None:
+    """Give each row of `values` [Q, N] mean 0 and standard deviation 1, in place; NaN stays and has no part.
+
+    A row of one value throughout becomes 0.
+    """
+    for row in values:  # one at a time: `values` may be larger than memory
+        good = ~np.isnan(row)
+        present = row[good].astype(np.float64)
+        if len(present):
+            spread = present.std()
+            row[good] = (present - present.mean()) / spread if spread > 0 else 0
+
+
+def subtask_means(labels: Sequence[str], values: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The names of the subtasks in order, and the mean [S, N] float32 over the rows of `values` [V, N] of each.
+
+    A row that is NaN throughout, a validation row without a gradient, has no part.
+
+    Raises:
+        DataflexError: if no other row of a subtask is left.
+    """
+    names = sorted(set(labels))
+    sums = np.zeros((len(names), values.shape[1]))
+    counts = np.zeros(len(names))
+    for label, row in zip(labels, values, strict=True):
+        if not np.isnan(row).all():
+            sums[names.index(label)] += row
+            counts[names.index(label)] += 1
+    check_subtasks([name for name, count in zip(names, counts, strict=True) if count == 0])
+    return names, (sums / counts[:, None]).astype(np.float32)
+
+
+def settle(
+    labels: Sequence[str], values: np.ndarray, normalise: str | None, reduce: str
+) -> tuple[list[str], np.ndarray]:
+    """The cosines [V, N] with single validation rows at one checkpoint, as `influence` sums them over checkpoints:
+    standardised for `normalise: rows`, and as [S, N] means of subtasks unless for `reduce: rows`."""
+    if normalise == "rows":
+        standardise(values)
+    return (list(labels), values) if reduce == "rows" else subtask_means(labels, values)
+
+
+def influence(
+    cosines: Sequence[np.ndarray], weights: Sequence[float], how: str, labels: Sequence[str]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The sum over checkpoints.
 
     Args:
-        cosines: for each checkpoint [S, N], a row's mean cosine with each subtask.
+        cosines: for each checkpoint [Q, N], a row's mean cosine with each subtask, or for `rows` with each validation
+            row.
         weights: η̄, summing to 1.
-        how: `mean`, `max` or `round-robin`. The reduction is taken at each checkpoint and then summed,
-            as in the formula above; `round-robin` ranks the sums.
+        how: `mean`, `max`, `round-robin` or `rows`. `mean` and `max` are taken at each checkpoint and then summed, as
+            in the formula above; the other two rank the sums.
+        labels: [Q] the subtask of each of `cosines`.
 
     Returns:
-        scores [N], and the weighted sums by subtask [S, N]; float64.
+        scores [N], and the weighted sum [N] of each subtask; float64.
     """
     total = _weighted_sum(weights, cosines)
+    if how == "rows":
+        by_subtask = dict(zip(*subtask_means(labels, total), strict=True))
+        return round_robin(total[~np.isnan(total).all(axis=1)]), by_subtask
+    by_subtask = dict(zip(labels, total, strict=True))
     if how == "round-robin":
-        return round_robin(total), total
+        return round_robin(total), by_subtask
     reduced = [reduce_subtasks(values.astype(np.float64), how) for values in cosines]
-    return _weighted_sum(weights, reduced), total
+    return _weighted_sum(weights, reduced), by_subtask
 
 
 def _weighted_sum(weights: Sequence[float], values: Sequence[np.ndarray]) -> np.ndarray:
@@ -122,13 +199,13 @@ def _weighted_sum(weights: Sequence[float], values: Sequence[np.ndarray]) -> np.
 
 
 def scores_of(
-    examples: Sequence[Example], several: bool, names: Sequence[str], score: np.ndarray, by_subtask: np.ndarray
+    examples: Sequence[Example], several: bool, score: np.ndarray, by_subtask: Mapping[str, np.ndarray]
 ) -> Scores:
     """Arrays in the order of `examples` as Scores; `several` datasets are told apart by name."""
     return Scores(
         row=np.array([example.row for example in examples], dtype=np.int64),
         score=score,
-        subtasks=dict(zip(names, by_subtask, strict=True)),
+        subtasks=dict(by_subtask),
         dataset=[example.dataset for example in examples] if several else None,
     )
 

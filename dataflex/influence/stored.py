@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from dataflex.errors import UsageError
+from dataflex.files import scratch_array
 from dataflex.influence.scores import ONE_SUBTASK, check_subtasks
 from dataflex.progress import SILENT, Progress
 from dataflex.store.reader import GradientStore, open_store
@@ -19,24 +20,47 @@ STRIPE_ROWS = 4096  # the work of a thread between two signs of progress
 
 
 def stored_cosines(
-    train: GradientStore, validation: GradientStore, progress: Progress = SILENT
+    train: GradientStore,
+    validation: GradientStore,
+    progress: Progress = SILENT,
+    *,
+    per_row: bool = False,
+    contrast: bool = False,
+    scratch: Path | None = None,
 ) -> tuple[list[str], np.ndarray]:
-    """Each training row's mean cosine with each subtask's rows: names, and [S, N] float32.
+    """Each training row's mean cosine with each subtask's rows: the subtasks' names, and [S, N] float32.
 
-    Bad rows that were skipped have NaN, or have no part in the means. Products are summed in float32; of either
-    store no more than some rows a thread are in memory.
+    Bad rows that were skipped have NaN, or have no part in the means. Products are summed in float32; a
+    thread holds one tile of the training store at a time.
+
+    Args:
+        per_row: give the cosine with each validation row, [V, N], and the subtask of each; a bad one has NaN.
+        contrast: take the mean cosine with the reference rows of the training store off every cosine.
+        scratch: the folder for a file that holds the cosines where they are many; the system's when left out.
+
+    Raises:
+        UsageError: where a store is damaged, or has no reference rows to contrast with.
     """
-    names, queries = _means_of(validation)
+    names, queries = _rows_of(validation) if per_row else _means_of(validation)
     _require_finite(validation, queries)
-    cosines = np.empty((len(names), len(train)), dtype=np.float32)
+    bad = validation.bad if per_row else np.zeros(len(names), dtype=bool)
+    if contrast:
+        queries = queries - train.reference
+    cosines = scratch_array((len(names), len(train)), np.float32, scratch)
     starts = range(0, len(train), STRIPE_ROWS)
     with progress.task("scoring", len(train), "rows") as task, _one_thread_a_worker() as pool:
         for start, part in zip(starts, pool.map(lambda start: _stripe(train, queries, start), starts), strict=True):
+            _require_finite(train, part)
             cosines[:, start : start + part.shape[1]] = part
             task.advance(part.shape[1])
-    _require_finite(train, cosines)
     cosines[:, train.bad] = np.nan
+    cosines[bad] = np.nan
     return names, cosines
+
+
+def _rows_of(validation: GradientStore) -> tuple[list[str], np.ndarray]:
+    """The subtask of each validation row, and the rows as unit vectors [V, k] float32; a bad one is zero."""
+    return validation.subtask or [ONE_SUBTASK] * len(validation), validation[:]
 
 
 def _require_finite(store: GradientStore, made_of_it: np.ndarray) -> None:
@@ -76,9 +100,9 @@ def _means_of(validation: GradientStore) -> tuple[list[str], np.ndarray]:
     sums = np.zeros((len(names), validation.dim))
     for first, rows in validation.tiles(0, len(validation)):
         lengths = np.sqrt(np.vecdot(rows, rows))
-        place = slice(first, first + len(rows))
+        span = slice(first, first + len(rows))
         for index, name in enumerate(names):
-            of_subtask = good[place] & (labels[place] == name)
+            of_subtask = good[span] & (labels[span] == name)
             sums[index] += (rows[of_subtask] / lengths[of_subtask, None]).sum(axis=0, dtype=np.float64)
     return names, (sums / counts[:, None]).astype(np.float32)
 

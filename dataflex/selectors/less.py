@@ -13,8 +13,9 @@ from dataflex.config import needed
 from dataflex.files import atomic
 from dataflex.gradients.collect import collect
 from dataflex.gradients.direction import make_direction
+from dataflex.gradients.reference import reference_rows
 from dataflex.influence.exact import exact_cosines
-from dataflex.influence.scores import Scores, influence, normalise_weights
+from dataflex.influence.scores import Scores, influence, normalise_weights, settle
 from dataflex.influence.stored import open_pairs, stored_cosines
 from dataflex.selectors.protocol import Situation
 
@@ -25,13 +26,15 @@ class LessSelector:
 
     def score(self, situation: Situation) -> Scores:
         config = situation.config
-        names, cosines = _exact(situation) if config.is_exact else _stored(situation)
+        labels, cosines = _exact(situation) if config.is_exact else _stored(situation)
+        if config.per_row:
+            labels, cosines = settle(labels, cosines, config.normalise, config.reduce)
         _remember(situation, cosines)
         steps = [*situation.past_steps, situation.moments.step] if config.accumulate else [situation.moments.step]
         past = [_recall(situation.memory, step) for step in steps]
         weights = normalise_weights([learning_rate for _, learning_rate in past])
-        score, by_subtask = influence([values for values, _ in past], weights, config.reduce)
-        return situation.scores(score, dict(zip(names, by_subtask, strict=True)))
+        score, by_subtask = influence([values for values, _ in past], weights, config.reduce, labels)
+        return situation.scores(score, by_subtask)
 
 
 def _remember(situation: Situation, cosines: np.ndarray) -> None:
@@ -50,28 +53,42 @@ def _recall(memory: Path, step: int) -> tuple[np.ndarray, float]:
 
 def _exact(situation: Situation) -> tuple[list[str], np.ndarray]:
     config, capture = situation.config, situation.capture
+    train = situation.train.examples
+    train_direction, validation_direction = (
+        make_direction(kind, config.adam_formula, situation.moments, capture.slots, config.marginal)
+        for kind in (config.gradient_type, config.eval_gradient_type)
+    )
     return exact_cosines(
         capture,
-        situation.train.examples,
+        train,
         situation.validation.examples,
-        make_direction(config.gradient_type, config.adam_formula, situation.moments, capture.slots),
-        make_direction(config.eval_gradient_type, config.adam_formula, situation.moments, capture.slots),
+        train_direction,
+        validation_direction,
         situation.progress,
         config.skip_bad_rows,
+        per_row=config.per_row,
+        reference=[train[index] for index in reference_rows(config, len(train))],
+        scratch=situation.memory,
     )
 
 
 def _stored(situation: Situation) -> tuple[list[str], np.ndarray]:
+    config = situation.config
     paths = []
     for name, split in (("eval", situation.validation), ("train", situation.train)):
         path = situation.cache / f"{name}.h5"
-        collect(
-            situation.config, situation.capture, split, name, situation.moments, path, situation.progress, cache=True
-        )
+        collect(config, situation.capture, split, name, situation.moments, path, situation.progress, cache=True)
         paths.append(path)
     found: tuple[list[str], np.ndarray] | None = None
     if processes.rank() == 0:
         [(train, validation)] = open_pairs([paths[1]], [paths[0]])
         with train, validation:
-            found = stored_cosines(train, validation, situation.progress)
+            found = stored_cosines(
+                train,
+                validation,
+                situation.progress,
+                per_row=config.per_row,
+                contrast=config.contrast != 0,
+                scratch=situation.cache,
+            )
     return needed(processes.broadcast(found))

@@ -68,9 +68,8 @@ class Situation:
         return scores_of(
             self.train.examples,
             len(self.config.dataset or []) > 1,
-            list(parts),
             one_number_a_row(f"{selector}: score", score, rows),
-            np.array(list(parts.values())).reshape(len(parts), rows),
+            parts,
         )
 
 

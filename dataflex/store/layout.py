@@ -23,6 +23,10 @@ NUMPY_DTYPE: dict[str, type[np.generic]] = {
     "int8": np.int8,
     "int1": np.uint8,
 }
+REFERENCE_DATASETS = ("reference", "reference_state")
+"""Two sums [2, k] float64 of the unit plain gradients of the reference rows that are done, and the state of each,
+[2, 3] int64. Batches overwrite them in turn, so that the sum from before an unfinished batch is there."""
+
 ROW_DATASETS = ("gradients", "norm", "loss", "checksum", "done")
 """What is written of a row once it is computed, in the order in which it is written; `done` comes last."""
 
@@ -88,7 +92,8 @@ class FileLayout:
         Raises:
             UsageError: where another program has packed a dataset, so that its rows have no offset.
         """
-        offset = {name: file[name].id.get_offset() for name in ROW_DATASETS if name in file}
+        names = [*ROW_DATASETS, *REFERENCE_DATASETS]
+        offset = {name: file[name].id.get_offset() for name in names if name in file}
         if None in offset.values():
             packed = next(name for name, start in offset.items() if start is None)
             raise UsageError(
@@ -102,7 +107,22 @@ class FileLayout:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row over all datasets."""
-        return sum(self.stride.values())
+        return sum(stride for name, stride in self.stride.items() if name in ROW_DATASETS)
+
+
+@dataclass(frozen=True)
+class ReferenceSum:
+    """The sum [k] float64 of the unit plain gradients of `rows` reference rows, once `done` rows of the store are."""
+
+    vector: np.ndarray
+    rows: int
+    done: int
+
+    @property
+    def state(self) -> np.ndarray:
+        """[3] int64: the rows of the store that are done, the reference rows, and the checksum of the vector."""
+        checksum = xxhash.xxh3_64_intdigest(self.vector.tobytes())
+        return np.array([self.done, self.rows, checksum], dtype=np.uint64).view(np.int64)
 
 
 def row_checksums(stored: np.ndarray) -> np.ndarray:

@@ -102,6 +102,11 @@ class Manifest(Mapping[str, Any]):
         return len(self._values)
 
     @property
+    def has_reference(self) -> bool:
+        """Whether the store sums the plain gradients of the reference rows that `contrast` names."""
+        return bool(self.settings.get("contrast"))
+
+    @property
     def row_layout(self) -> RowLayout:
         """How the rows are kept."""
         return RowLayout(self.store_dtype, self.proj_dim)

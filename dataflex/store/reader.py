@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from dataflex.errors import UsageError
-from dataflex.store.layout import FORMAT, VERSION, FileLayout, header_checksum, row_checksums
+from dataflex.store.layout import FORMAT, VERSION, FileLayout, ReferenceSum, header_checksum, row_checksums
 from dataflex.store.manifest import Manifest
 
 TILE_FLOATS = 1 << 20  # 4 MiB of float32
@@ -109,6 +109,45 @@ class GradientStore:
             return None
         numbers = np.searchsorted([row for _, row in starts], self.row, side="right") - 1
         return [starts[number][0] for number in numbers]
+
+    @property
+    def reference_sum(self) -> tuple[int, ReferenceSum | None]:
+        """The sum over the reference rows that are done, None for a store without one, and which of the two sums in the
+        file it is.
+
+        Raises:
+            UsageError: where its bytes are not those that were written.
+        """
+        if not self.manifest.has_reference:
+            return 0, None
+        done, states = int(self.done.sum()), self._file["reference_state"][:]
+        turn = max((0, 1), key=lambda turn: states[turn, 0] if states[turn, 0] <= done else 0)
+        if not 0 < states[turn, 0] <= done:  # no batch is done
+            return 1, ReferenceSum(np.zeros(self.dim), 0, 0)
+        found = ReferenceSum(self._file["reference"][turn], int(states[turn, 1]), int(states[turn, 0]))
+        if not np.array_equal(found.state, states[turn]):
+            raise UsageError(
+                f"gradient store {self.path}: damaged, the sum over its reference rows is not the one that was "
+                "written; write the store again with --overwrite"
+            )
+        return turn, found
+
+    @property
+    def reference(self) -> np.ndarray:
+        """[k] float32: the mean unit plain gradient of the rows that `contrast` names.
+
+        Raises:
+            UsageError: for a store that was collected without `contrast`, or where each of these rows is bad.
+        """
+        _, total = self.reference_sum
+        if total is None:
+            raise UsageError(
+                f"gradient store {self.path}: it was collected without contrast; collect the training rows with "
+                "contrast=pool, or leave contrast out"
+            )
+        if not total.rows:
+            raise UsageError(f"gradient store {self.path}: no reference row of it has a gradient; use another contrast")
+        return (total.vector / total.rows).astype(np.float32)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Unit rows, [n, k] float32 ([k] for a single index)."""

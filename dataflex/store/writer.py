@@ -22,7 +22,7 @@ import numpy as np
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import disk_errors_of
 from dataflex.locks import Lock
-from dataflex.store.layout import FORMAT, NUMPY_DTYPE, VERSION, header_checksum, row_checksums
+from dataflex.store.layout import FORMAT, NUMPY_DTYPE, VERSION, ReferenceSum, header_checksum, row_checksums
 from dataflex.store.manifest import Manifest
 from dataflex.store.reader import GradientStore
 
@@ -66,6 +66,9 @@ def _write_empty(
         _allocate(file, "loss", (count,), np.float32)
         _allocate(file, "checksum", (count,), np.uint64)
         _allocate(file, "done", (count,), np.uint8)
+        if manifest.has_reference:
+            _allocate(file, "reference", (2, manifest.proj_dim), np.float64)
+            _allocate(file, "reference_state", (2, 3), np.int64)
         file["row"] = row.astype(np.int64)
         file["tokens"] = tokens.astype(np.int32)
         if subtask is not None:
@@ -151,6 +154,7 @@ class StoreWriter:
             with GradientStore(path) as store:  # under the lock: before it, another store may have taken its place
                 self._rows, self._layout = store.manifest.row_layout, store.file_layout
                 self.done = store.done.astype(bool)
+                self._turn, self._reference = store.reference_sum
             _check_room(path, self._bytes_to_come())
         except DataflexError:
             self._lock.close()
@@ -164,11 +168,12 @@ class StoreWriter:
         holes = status.st_size - 512 * status.st_blocks
         return max(0, min(holes, int((~self.done).sum()) * self._layout.row_bytes))
 
-    def write(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray) -> None:
-        """Begin to commit rows: `vectors` [n, k] float32 (made unit; zeros stay), `loss` [n]; not to be changed
-        afterwards. Waits for the batch before, and raises what that one met."""
+    def write(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray, plain: np.ndarray | None = None) -> None:
+        """Begin to commit a batch: `vectors` [n, k] float32 (made unit; zeros stay), `loss` [n], and `plain` [r, k]
+        float32, the plain gradients of the reference rows among them. The caller does not change them afterwards.
+        Waits for the batch before, and raises what that one met."""
         self.flush()
-        self._batch = self._thread.submit(self._commit, indices, vectors, loss)
+        self._batch = self._thread.submit(self._commit, indices, vectors, loss, plain)
 
     def flush(self) -> None:
         """Wait until all rows that were given are on disk, and raise what the last batch met."""
@@ -180,7 +185,7 @@ class StoreWriter:
             if self._batch.done():  # or an interruption came first
                 self._batch = None
 
-    def _commit(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray) -> None:
+    def _commit(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray, plain: np.ndarray | None) -> None:
         norms = np.linalg.norm(vectors, axis=1).astype(np.float32)
         lengths = norms[:, None]
         encoded = self._rows.encode(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
@@ -192,10 +197,24 @@ class StoreWriter:
                 self._put("norm", index, norms[position])
                 self._put("loss", index, np.float32(loss[position]))
                 self._put("checksum", index, checksums[position])
+            self._add_reference(indices, plain)
             os.fdatasync(self._handle)
             for index in indices:
                 self._put("done", index, np.uint8(1))
         self.done[indices] = True
+
+    def _add_reference(self, indices: list[int], plain: np.ndarray | None) -> None:
+        """Write the sum that holds once `indices` are done, beside the one that holds now."""
+        if self._reference is None or plain is None:
+            return
+        lengths = np.linalg.norm(plain, axis=1)
+        good = np.isfinite(lengths) & (lengths > 0)
+        total = self._reference.vector + (plain[good] / lengths[good, None]).sum(axis=0, dtype=np.float64)
+        done = int(self.done.sum() + (~self.done[indices]).sum())
+        self._reference = ReferenceSum(total, self._reference.rows + int(good.sum()), done)
+        self._turn = 1 - self._turn
+        self._put("reference", self._turn, total)
+        self._put("reference_state", self._turn, self._reference.state)
 
     def _put(self, name: str, index: int, value: Any) -> None:
         if name not in self._layout.offset:  # a store of another program's has no checksums

@@ -64,6 +64,29 @@ def test_the_formulas_as_written_out(formula):
     torch.testing.assert_close(adam_direction(g, m, v, step, b1, b2, eps, formula), wanted, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("formula", ["torch", "dataflex", "less"])
+@pytest.mark.parametrize("steps", [0, 7])
+def test_a_marginal_direction_is_the_difference_of_two_steps(formula, steps):
+    parameter, optimizer = trained_optimizer(steps)
+    slot = Slot("made", parameter, 0, parameter.numel())
+    moments = live_moments(optimizer, [slot], steps, 3e-4)
+    gradients = torch.randn(3, 1000) * 10.0 ** torch.randint(-4, 1, (3, 1000))
+    found = make_direction("adam", formula, moments, [slot], marginal=True)(slot, gradients.clone())
+    m, v = (value[slot.name].double().flatten() for value in (moments.exp_avg, moments.exp_avg_sq))
+    step_on = [adam_direction(g, m, v, steps, 0.9, 0.98, 1e-7, formula) for g in (gradients.double(), m[None] * 0)]
+    torch.testing.assert_close(found.double(), step_on[0] - step_on[1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_directions_without_momentum_are_marginal_already():
+    slot = Slot("made", torch.nn.Parameter(torch.zeros(3)), 0, 3)
+    gradient = torch.tensor([[2.0, -0.5, 0.0]])
+    for kind in ("sgd", "sign"):
+        plain, marginal = (
+            make_direction(kind, "torch", None, [slot], m)(slot, gradient.clone()) for m in (False, True)
+        )
+        assert torch.equal(plain, marginal)
+
+
 def test_sgd_and_sign():
     slot = Slot("made", torch.nn.Parameter(torch.zeros(3)), 0, 3)
     gradient = torch.tensor([[2.0, -0.5, 0.0]])

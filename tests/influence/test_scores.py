@@ -12,7 +12,7 @@ import pytest
 from dataflex import load_config
 from dataflex.errors import UsageError
 from dataflex.influence import stored
-from dataflex.influence.scores import influence, parse_weights, ranking, read_scores, round_robin
+from dataflex.influence.scores import influence, parse_weights, ranking, read_scores, round_robin, standardise
 from dataflex.influence.scoring import score
 from dataflex.store.manifest import Manifest
 from dataflex.store.reader import GradientStore, open_store
@@ -21,7 +21,9 @@ from dataflex.store.writer import StoreWriter, create_store
 K = 64
 
 
-def make_store(path: Path, rows: np.ndarray, *, subtask=None, rate=1e-4, dtype="float32", **changes) -> Path:
+def make_store(
+    path: Path, rows: np.ndarray, *, subtask=None, rate=1e-4, dtype="float32", plain=None, **changes
+) -> Path:
     manifest = {
         "store_dtype": dtype,
         "proj_dim": rows.shape[1],
@@ -35,7 +37,7 @@ def make_store(path: Path, rows: np.ndarray, *, subtask=None, rate=1e-4, dtype="
     manifest = Manifest.from_json(json.dumps(manifest))
     create_store(path, manifest=manifest, row=np.arange(len(rows)) * 2, tokens=np.ones(len(rows)), subtask=subtask)
     with StoreWriter(path) as writer:
-        writer.write(list(range(len(rows))), rows.astype(np.float32), np.zeros(len(rows)))
+        writer.write(list(range(len(rows))), rows.astype(np.float32), np.zeros(len(rows)), plain)
     return path
 
 
@@ -140,7 +142,7 @@ def test_round_robin_takes_turns():
     scores = round_robin(values)
     # subtask 0 takes row 0; 1 finds row 0 gone and takes 3; 0 takes 1; 1 takes 2
     assert ranking(np.arange(4), scores).tolist() == [0, 3, 1, 2]
-    total, _ = influence([values, values], [0.5, 0.5], "round-robin")
+    total, _ = influence([values, values], [0.5, 0.5], "round-robin", ["a", "b"])
     np.testing.assert_array_equal(total, scores)
 
 
@@ -187,3 +189,101 @@ def test_a_bad_score_file_names_its_line(tmp_path, line, words):
     path.write_text('{"row": 0, "score": 0.5}\n' + line + "\n")
     with pytest.raises(UsageError, match=words):
         read_scores(path)
+
+
+def turns(values: np.ndarray) -> list[int]:
+    """Round-robin by looking at every row that is left, each turn."""
+    left, order = set(range(values.shape[1])), []
+    while left:
+        row = values[len(order) % len(values)]
+        order.append(min(left, key=lambda index: (-row[index], index)))
+        left.remove(order[-1])
+    return order
+
+
+@pytest.mark.parametrize(
+    ("queries", "count", "levels"), [(1, 50, 50), (3, 50, 4), (7, 3000, 5000), (5, 2500, 2), (4, 2, 9)]
+)
+def test_round_robin_is_a_turn_after_the_other(queries, count, levels):
+    values = np.random.default_rng(count).integers(levels, size=(queries, count)).astype(np.float32)
+    assert ranking(np.arange(count), round_robin(values)).tolist() == turns(values)
+
+
+def test_standardised_rows_leave_nan_alone():
+    values = np.array([[1, 2, np.nan, 6], [5, 5, 5, 5], [np.nan] * 4], dtype=np.float32)
+    standardise(values)
+    wanted = (np.array([1, 2, 6]) - 3) / np.std([1, 2, 6])
+    np.testing.assert_allclose(values[0], [*wanted[:2], np.nan, wanted[2]], rtol=1e-6)
+    assert values[1].tolist() == [0] * 4
+    assert np.isnan(values[2]).all()
+
+
+def slow_scores(trains, validations, subtask, weights, reduce, normalise, references) -> np.ndarray:
+    """The formula of `normalise`, `contrast` and `reduce`, one cosine at a time in float64."""
+    totals, summed = np.zeros((len(subtask), len(trains[0]))), np.zeros(len(trains[0]))
+    names = sorted(set(subtask))
+    for train, validation, weight, reference in zip(trains, validations, weights, references, strict=True):
+        cosines = np.array([[float(row @ other) for row in unit(train)] for other in unit(validation)])
+        if reference is not None:
+            cosines -= np.array([np.mean([float(row @ other) for other in unit(reference)]) for row in unit(train)])
+        if normalise:
+            cosines = np.array([(row - row.mean()) / row.std() for row in cosines])
+        totals += weight * cosines
+        means = np.array([cosines[[name == s for s in subtask]].mean(axis=0) for name in names])
+        summed += weight * (means.mean(axis=0) if reduce == "mean" else means.max(axis=0))
+    if reduce in ("rows", "round-robin"):
+        queries = totals
+        if reduce == "round-robin":
+            queries = np.array([totals[[name == s for s in subtask]].mean(axis=0) for name in names])
+        summed = np.empty(len(trains[0]))
+        summed[turns(queries)] = 1 - np.arange(len(summed)) / len(summed)
+    return summed
+
+
+@pytest.mark.parametrize("reduce", ["mean", "max", "round-robin", "rows"])
+@pytest.mark.parametrize("normalise", [None, "rows"])
+@pytest.mark.parametrize("contrast", [0, 3, "pool"])
+def test_every_way_to_a_score_equals_the_slow_way(tmp_path, reduce, normalise, contrast):
+    random = np.random.default_rng(1)
+    trains, plain = ([random.normal(size=(30, K)) + 0.3 for _ in range(2)] for _ in range(2))
+    validations = [random.normal(size=(6, K)) + 0.2 for _ in range(2)]
+    reference = range(30) if contrast == "pool" else [4, 7, 20][:contrast]
+    for index in range(2):
+        make_store(tmp_path / f"v{index}.h5", validations[index], subtask=list("aabbba"))
+        make_store(
+            tmp_path / f"t{index}.h5",
+            trains[index],
+            rate=[3e-4, 1e-4][index],
+            contrast=contrast,
+            plain=plain[index][reference],
+        )
+    config = load_config(
+        options={
+            "train_stores": [str(tmp_path / "t0.h5"), str(tmp_path / "t1.h5")],
+            "eval_stores": [str(tmp_path / "v0.h5"), str(tmp_path / "v1.h5")],
+            "reduce": reduce,
+            "normalise": normalise,
+            "contrast": contrast,
+            "output": str(tmp_path / "scores.jsonl"),
+        }
+    )
+    records = [json.loads(line) for line in score(config).read_text().splitlines()]
+    references = [rows[reference] if contrast else None for rows in plain]
+    wanted = slow_scores(trains, validations, list("aabbba"), [0.75, 0.25], reduce, normalise, references)
+    np.testing.assert_allclose([record["score"] for record in records], wanted, atol=5e-6)
+    assert set(records[0]["subtasks"]) == {"a", "b"}
+
+
+def test_contrast_needs_a_store_that_has_its_reference(tmp_path):
+    make_store(tmp_path / "v.h5", np.eye(2, K))
+    make_store(tmp_path / "t.h5", np.eye(4, K))
+    make_store(tmp_path / "other.h5", np.eye(4, K), contrast=2, plain=np.eye(2, K))
+    for name, words in (("t", "collected without contrast.*contrast=pool"), ("other", "contrast 2, not pool")):
+        options = {
+            "train_stores": str(tmp_path / f"{name}.h5"),
+            "eval_stores": str(tmp_path / "v.h5"),
+            "contrast": "pool",
+        }
+        with pytest.raises(UsageError, match=words):
+            score(load_config(options={**options, "output": str(tmp_path / "s.jsonl")}))
+        assert not (tmp_path / "s.jsonl").exists()

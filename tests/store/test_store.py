@@ -187,3 +187,58 @@ def test_encoding_keeps_the_sign_and_the_scale_of_each_row():
     signs = RowLayout("int1", 3)
     assert signs.encode(rows).tolist() == [[0b10100000], [0b11100000]]
     np.testing.assert_allclose(signs.decode(signs.encode(rows))[0], np.array([1, -1, 1]) / 3**0.5)
+
+
+def test_the_sum_over_reference_rows_goes_on_after_any_cut(tmp_path):
+    """However a run was cut off between a batch's first byte and its last done flag, the finished file is the same."""
+    random = np.random.default_rng(0)
+    batches = [([4, 0, 2], 2), ([1, 3], 0), ([5, 6, 7], 3), ([8], 1)]
+    plain = [random.normal(size=(references, K)).astype(np.float32) for _, references in batches]
+    rows = random.normal(size=(9, K)).astype(np.float32)
+
+    def make(path):
+        manifest = Manifest("float32", K, settings={"contrast": "pool"})
+        create_store(path, manifest=manifest, row=np.arange(9), tokens=np.ones(9), subtask=None)
+
+    def write(path, numbers):
+        with StoreWriter(path) as writer:
+            for number in numbers:
+                indices = batches[number][0]
+                writer.write(indices, rows[indices], np.ones(len(indices)), plain[number])
+
+    def flip(path, indices, value):
+        with h5py.File(path, "r+") as file:
+            file["done"][indices] = value
+
+    uncut = tmp_path / "uncut.h5"
+    make(uncut)
+    write(uncut, range(4))
+    wanted = np.concatenate([(part / np.linalg.norm(part, axis=1, keepdims=True)) for part in plain]).mean(axis=0)
+    np.testing.assert_allclose(open_store(uncut).reference, wanted, atol=1e-6)
+    for last in range(4):
+        for undone in ([], batches[last][0], batches[last][0][1:]):
+            path = tmp_path / f"{last}{len(undone)}.h5"
+            make(path)
+            write(path, range(last + 1))
+            flip(path, sorted(undone), 0)
+            write(path, range(last if undone else last + 1, 4))
+            assert open_store(path).reference.tobytes() == open_store(uncut).reference.tobytes()
+
+
+def test_a_damaged_sum_over_reference_rows_is_told(tmp_path):
+    path = tmp_path / "t.h5"
+    create_store(
+        path,
+        manifest=Manifest("float32", K, settings={"contrast": 1}),
+        row=np.arange(2),
+        tokens=np.ones(2),
+        subtask=None,
+    )
+    with pytest.raises(UsageError, match="no reference row"):
+        _ = open_store(path).reference
+    with StoreWriter(path) as writer:
+        writer.write([0, 1], np.eye(2, K, dtype=np.float32), np.ones(2), np.eye(1, K, dtype=np.float32))
+    with h5py.File(path, "r+") as file:
+        file["reference"][:] = 0
+    with pytest.raises(UsageError, match="sum over its reference rows"):
+        _ = open_store(path).reference

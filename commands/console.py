@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
+from dataflex.json_text import json_of_figures
 from dataflex.progress import Interrupted
 
 
@@ -165,7 +165,7 @@ class Console:
         """The result: one path a line, or `facts` as one JSON object. Of several processes the first prints it."""
         if not self.first:
             return
-        lines = [json.dumps(facts, ensure_ascii=False)] if self.as_json else paths
+        lines = [json_of_figures(facts)] if self.as_json else paths
         for line in lines:
             print(line, file=self.out, flush=True)
 

@@ -90,6 +90,10 @@ def _read_config(folder: Path) -> LoraConfig:
             f"{what} says task_type {values['task_type']}, and CAUSAL_LM is the one that is read here; "
             "name an adapter of a language model"
         )
+    if not isinstance(values.get("base_model_name_or_path"), str | None):
+        raise UsageError(
+            f"{what}: base_model_name_or_path must be a text; copy the adapter again from where it was made"
+        )
     values.pop("runtime_config", None)  # how to run, not what the adapter is
     unknown = {key: values.pop(key) for key in list(values) if key not in LoraConfig.__dataclass_fields__}
     told = [key for key, value in unknown.items() if value not in (None, False, "", [], {})]

@@ -119,3 +119,9 @@ def token_budget_for(shape: Shape | None, free: int, device_type: str) -> int:
     while tokens > FEWEST_TOKENS and tokens * shape.bytes_per_token > SHARE_OF_FREE_MEMORY * free:
         tokens //= 2
     return tokens
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine had no memory left, whatever raised it."""
+    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import math
 import os
 import tempfile
@@ -16,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from dataflex.errors import DataflexError, UsageError
-from dataflex.json_text import iter_objects, json_line
+from dataflex.json_text import iter_objects, json_line, json_of_figures
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -99,7 +98,8 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write the figures of a run; one that is not finite is null. Atomic."""
+    write_text(path, json_of_figures(value, indent=2) + "\n")
 
 
 def write_jsonl(path: Path | str, records: Iterable[Any]) -> None:

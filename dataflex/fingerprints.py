@@ -59,6 +59,9 @@ def _base_parts(config: RunConfig, progress: Progress) -> dict[str, str]:
 def model_files(folder: Path) -> list[Path]:
     """The files of a model's folder that decide its numbers: weights, config.json, and code of its own."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    for path in weights:
+        if not path.is_file():
+            raise UsageError(f"model {folder}: {path.name} is no file; put the weights there, or name another model")
     return [*weights, folder / "config.json", *sorted(folder.glob("*.py"))]
 
 

@@ -209,12 +209,16 @@ def _inspect_checkpoint(path: Path) -> Inspection:
     settings = _read_json(path / ADAPTER_CONFIG, found)
     for key in ("base_model_name_or_path", "r", "lora_alpha", "target_modules"):
         if key in settings:
-            found.facts[key] = sorted(settings[key]) if isinstance(settings[key], list) else settings[key]
+            found.facts[key] = sorted(map(str, settings[key])) if isinstance(settings[key], list) else settings[key]
     adapter, _ = _read_header(path / ADAPTER, found)
     if adapter:
         found.facts |= {"tensors": len(adapter), "parameters": sum(adapter.values())}
     moments, numbers = _read_header(path / MOMENTS, found, "gradients of type adam need it")
-    found.facts |= {key: float(value) if key != "step" else int(value) for key, value in numbers.items()}
+    for key, value in numbers.items():
+        try:
+            found.facts[key] = json.loads(value)
+        except ValueError:
+            found.problems.append(f"{MOMENTS} holds {value!r} for {key}; expected a number")
     expected = {f"{kind}/{name}": size for name, size in adapter.items() for kind in ("exp_avg", "exp_avg_sq")}
     if adapter and moments and moments != expected:
         found.problems.append(f"{MOMENTS} is of another adapter than {ADAPTER}")

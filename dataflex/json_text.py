@@ -72,6 +72,20 @@ def json_line(record: Any) -> str:
     return _SURROGATE.sub(lambda half: f"\\u{ord(half.group()):04x}", text)
 
 
+def json_of_figures(value: Any, indent: int | None = None) -> str:
+    """`value`, the figures of a run, as JSON. A figure that is not finite, as a loss that overflowed, is null: JSON has
+    no word for it."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 class _Window:
     """The part of a text that is under the decoder; more is read when it runs out."""
 

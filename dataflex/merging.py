@@ -81,6 +81,7 @@ def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
     tokenizer = _find_tokenizer(config)
     chat = set_chat(tokenizer, config.template)
     model = load_base_model(config.changed(flash_attn="auto"), "auto")  # other kernels may need a GPU
+    _check_generation(model, needed(config.model_name_or_path))
     for path in needed(config.adapter_name_or_path):
         check_foldable(model, path)
     nn.Module.to(model, device() if config.export_device == "auto" else torch.device("cpu"))
@@ -291,6 +292,16 @@ def export_dtype(stored: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
+def _check_generation(model: PreTrainedModel, name: str) -> None:
+    """Raise a UsageError where a token that generation_config.json names is no number."""
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        tokens = getattr(model.generation_config, key, None)
+        if not all(type(token) is int for token in _as_list(tokens)):
+            raise UsageError(
+                f"generation_config.json of {name}: {key} is {tokens!r}; expected the number of a token; put that right"
+            )
+
+
 def _fix_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, chat: Template | None) -> None:
     """Sampling values imply do_sample, without which transformers refuses to save them; and generation stops at
     the token that ends a turn, which a template may have changed."""
@@ -307,7 +318,7 @@ def _fix_generation(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _as_list(tokens: int | list[int] | None) -> list[int]:
-    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
+    return [] if tokens is None else list(tokens) if isinstance(tokens, list) else [tokens]
 
 
 def _to_legacy(folder: Path) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 
 from dataflex.adapters import put_on, read_adapter
 from dataflex.config import RunConfig, needed, require
+from dataflex.cost import out_of_memory
 from dataflex.environment import local_rank
-from dataflex.errors import UsageError
+from dataflex.errors import UsageError, reason_of
 from dataflex.folding import check_foldable, fold, without_copies
 from dataflex.lora import has_transposed, lora_targets, peft_errors
 
@@ -44,11 +45,11 @@ def model_source(config: RunConfig, local_only: bool = False) -> dict[str, Any]:
 
 
 def _not_loadable(config: RunConfig, what: str, error: Exception) -> UsageError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return UsageError(
-        f"model_name_or_path: cannot load the {what} of {config.model_name_or_path}: {reason} "
-        "Name a local folder, a .gguf file, or a hub id this machine can reach."
-    )
+    name = needed(config.model_name_or_path)
+    way_out = "name a local folder, a .gguf file, or a hub id this machine can reach"
+    if Path(name).exists():
+        way_out = "put that right, or name another model"
+    return UsageError(f"model_name_or_path: cannot load the {what} of {name}: {reason_of(error)}; {way_out}")
 
 
 def load_tokenizer(config: RunConfig, local_only: bool = False) -> PreTrainedTokenizerBase:
@@ -57,8 +58,13 @@ def load_tokenizer(config: RunConfig, local_only: bool = False) -> PreTrainedTok
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(**model_source(config, local_only), padding_side="right")
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # of transformers and of tokenizers, whose class is Exception itself
         raise _not_loadable(config, "tokenizer", error) from error
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        found = f"in tokenizer_config.json model_max_length is {tokenizer.model_max_length!r}, not a number"
+        raise _not_loadable(config, "tokenizer", ValueError(found))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -70,7 +76,9 @@ def load_model_config(config: RunConfig, local_only: bool = False) -> Pretrained
 
     try:
         return AutoConfig.from_pretrained(**model_source(config, local_only))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except UsageError:
+        raise
+    except Exception as error:
         raise _not_loadable(config, "configuration", error) from error
 
 
@@ -79,8 +87,11 @@ def load_skeleton(config: RunConfig, local_only: bool = False) -> PreTrainedMode
     from transformers import AutoModelForCausalLM
 
     architecture = load_model_config(config, local_only)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+    except Exception as error:
+        raise _not_loadable(config, "configuration", error) from error
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -98,9 +109,20 @@ def load_base_model(config: RunConfig, dtype: torch.dtype | str) -> PreTrainedMo
     if config.flash_attn != "auto":
         how["attn_implementation"] = ATTENTION[config.flash_attn]
     try:
-        model = AutoModelForCausalLM.from_pretrained(**model_source(config), **how)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**model_source(config), **how, output_loading_info=True)
+    except UsageError:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        if "ignore_mismatched_sizes" in str(error):
+            error = ValueError("the weights have other shapes than its config.json says")
         raise _not_loadable(config, "weights", error) from error
+    model: PreTrainedModel = loaded[0]
+    names = sorted(loaded[1]["missing_keys"])
+    if names:  # transformers has put random numbers there
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise _not_loadable(config, "weights", ValueError(f"they have no {names[0]}{more}"))
     if config.model_name_or_path.endswith(".gguf"):
         _forget_quantization(model)
     model.config.use_cache = False

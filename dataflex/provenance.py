@@ -6,6 +6,7 @@ Written when the run starts, completed when it ends.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import platform
@@ -116,6 +117,8 @@ def read_record(folder: Path) -> RunRecord | None:
         raise UsageError(f"{path}: not readable ({error}); give --overwrite to start afresh") from None
     try:
         Origin.from_json(facts["origin"])
+        if facts.get("prompt_date") is not None:
+            datetime.date.fromisoformat(facts["prompt_date"])
     except (ValueError, KeyError, TypeError):
         raise UsageError(
             f"{path}: not a record of a run that this version wrote; give --overwrite to start afresh, or another "

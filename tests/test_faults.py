@@ -435,12 +435,12 @@ def bad_rows(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     rows = {6, 11}
     true = passes._project_batch
 
-    def spoilt(capture, examples, *rest):
-        vectors, loss = true(capture, examples, *rest)
-        for place, example in enumerate(examples):
+    def spoilt(capture, batch, *rest):
+        vectors, loss, plain = true(capture, batch, *rest)
+        for index, example in enumerate(row.example for row in batch):
             if example.row in rows and example.dataset == "alpaca_en_demo":
-                vectors[place] = float("nan") if example.row % 2 == 0 else 0
-        return vectors, loss
+                vectors[index] = float("nan") if example.row % 2 == 0 else 0
+        return vectors, loss, plain
 
     monkeypatch.setattr(passes, "_project_batch", spoilt)
     return rows

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from dataflex import json_text
 from dataflex.errors import UsageError
 from dataflex.files import read_jsonl, write_jsonl
-from dataflex.json_text import iter_objects, json_line
+from dataflex.json_text import iter_objects, json_line, json_of_figures
 
 
 @pytest.fixture(autouse=True, params=[1, 3, 1 << 20])
@@ -151,3 +151,20 @@ def test_files_are_read_past_a_byte_order_mark_and_whatever_ends_their_lines(tmp
     path.write_bytes(b"\xff\xfe{\x00}\x00")
     with pytest.raises(UsageError, match=r"a\.jsonl: not UTF-8 text .*; save it as UTF-8"):
         list(read_jsonl(path, "file"))
+
+
+FIGURES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+)
+
+
+@given(FIGURES)
+def test_figures_are_json_whatever_they_are(figures: object) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    read = json.loads(json_of_figures(figures), parse_constant=refuse)
+    if "nan" not in repr(figures) and "inf" not in repr(figures):
+        assert read == figures
+    assert json_of_figures({"loss": [float("nan"), 1.5, -float("inf")]}) == '{"loss": [null, 1.5, null]}'

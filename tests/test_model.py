@@ -349,9 +349,9 @@ class TestQuantization:
     def test_what_transformers_is_asked_for(self, config: RunConfig, monkeypatch, keys: dict, expected: dict):
         asked: dict = {}
 
-        def from_pretrained(**arguments: object) -> torch.nn.Module:
+        def from_pretrained(**arguments: object) -> tuple[torch.nn.Module, dict]:
             asked.update(arguments)
-            return on_meta("llama", **SMALL)
+            return on_meta("llama", **SMALL), {"missing_keys": []}
 
         monkeypatch.setattr("dataflex.model.find_spec", lambda name: True)
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     import pyarrow
 
 CHUNK = 250  # rows that travel together
-NOTHING_SUPERVISED = "no supervised token within cutoff_len"
+NOTHING_SUPERVISED = {
+    True: "no supervised token within cutoff_len",
+    False: "no supervised token (the chat template writes none for the response)",
+}
+"""By whether the row was truncated."""
 
 Item = tuple[int, int, dict[str, Any]]  # row number, which source, record
 Encode = Callable[[Conversation], Encoded]
@@ -64,7 +68,7 @@ def encode_record(sources: Sequence[Source], encode: Encode, item: Item) -> Outc
     # The first label has no token before it to be predicted from.
     supervised = sum(label != UNSUPERVISED for label in encoded.labels[1:])
     if not supervised:
-        return Outcome(row, source, reason=NOTHING_SUPERVISED)
+        return Outcome(row, source, reason=NOTHING_SUPERVISED[encoded.truncated])
     if subtask is None and len(sources) > 1:
         subtask = sources[source].name
     return Outcome(

@@ -193,6 +193,12 @@ def make_capture(
     """
     if dtype == torch.float16:
         raise UsageError("fp16: gradients of single rows underflow in float16; use bf16=true, or neither")
+    embeddings = model.get_input_embeddings().num_embeddings
+    if pad_token_id >= embeddings:
+        raise UsageError(
+            f"the tokenizer's pad token has the number {pad_token_id} and the model has {embeddings} embeddings; set "
+            "pad_token in tokenizer_config.json to a token that the model knows"
+        )
     pairs = lora_pairs(model)
     if layers is not None:
         pairs = pairs_of_layers(pairs, layers)
@@ -250,12 +256,6 @@ def row_gradients(
     for watch in watches:
         watch.finish(labels.device)
     return RowLosses(losses.loss.detach(), losses.tokens)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device or the machine had no memory left, whatever raised it."""
-    words = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in words)
 
 
 def can_fuse(pair: LoraPair) -> bool:

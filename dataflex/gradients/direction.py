@@ -78,9 +78,12 @@ def make_direction(
             "use a checkpoint that warmup, train or dynamic wrote, or gradient_type=sgd"
         )
     for slot in slots:
-        held = moments.exp_avg.get(slot.name)
-        if held is None or held.numel() != slot.size:
-            raise UsageError(f"the checkpoint's Adam moments do not fit its adapter at {slot.name}")
+        for held in (moments.exp_avg.get(slot.name), moments.exp_avg_sq.get(slot.name)):
+            if held is None or held.numel() != slot.size:
+                raise UsageError(
+                    f"the checkpoint's moments.safetensors does not fit its adapter at {slot.name}; write the "
+                    "checkpoint again"
+                )
     device = slots[0].parameter.device
     first = {slot.name: moments.exp_avg[slot.name].reshape(-1).to(device) for slot in slots}
     second = {slot.name: moments.exp_avg_sq[slot.name].reshape(-1).to(device) for slot in slots}

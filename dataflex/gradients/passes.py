@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from dataflex import processes
+from dataflex.cost import out_of_memory
 from dataflex.data.batches import token_batches
 from dataflex.data.examples import Example
 from dataflex.errors import DataflexError
-from dataflex.gradients.capture import Capture, adapter_values, out_of_memory, row_gradients
+from dataflex.gradients.capture import Capture, adapter_values, row_gradients
 from dataflex.gradients.direction import Direction
 from dataflex.gradients.loss import row_losses
 from dataflex.gradients.probe import groups_of

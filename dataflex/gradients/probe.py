@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from dataflex import processes
+from dataflex.cost import out_of_memory
 from dataflex.data.examples import Example
 from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients.capture import (
@@ -20,7 +21,6 @@ from dataflex.gradients.capture import (
     TokensMixed,
     adapter_values,
     make_capture,
-    out_of_memory,
     row_gradients,
 )
 from dataflex.gradients.loss import row_losses, whole_losses

@@ -117,7 +117,8 @@ def way_out(checkpoint: Path) -> str:
 
 def remove(checkpoint: Path) -> None:
     """Delete a checkpoint. The seal goes first, so that a kill leaves a folder that counts as cut off."""
-    (checkpoint / MOMENTS).unlink(missing_ok=True)
+    if (checkpoint / MOMENTS).is_file():
+        (checkpoint / MOMENTS).unlink()
     shutil.rmtree(checkpoint)
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dataflex.errors import UsageError
+from dataflex.errors import UsageError, reason_of
 from dataflex.lora import Slot
 
 FILE_NAME = "moments.safetensors"
@@ -117,6 +119,15 @@ def save_moments(moments: AdamMoments, folder: Path) -> None:
         handle.write(save(tensors, metadata=metadata))
 
 
+def _numbers_of(metadata: Mapping[str, str]) -> dict[str, float]:
+    """AdamW's numbers as a checkpoint tells them. Raises a ValueError for a number that AdamW does not take."""
+    numbers = {key: float(metadata[key]) for key in ("learning_rate", "beta1", "beta2", "eps")}
+    for key, value in numbers.items():
+        if not (0 <= value < (1 if key.startswith("beta") else math.inf)):
+            raise ValueError(f"{key} is {metadata[key]}")
+    return numbers
+
+
 def load_moments(folder: Path) -> AdamMoments | None:
     """The moments in a checkpoint folder, or None where it has none.
 
@@ -135,7 +146,10 @@ def load_moments(folder: Path) -> AdamMoments | None:
             metadata = tensors.metadata() or {}
             for key in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
                 kind, _, name = key.partition("/")
-                {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}[kind][name] = tensors.get_tensor(key)
+                value = tensors.get_tensor(key)
+                if not value.isfinite().all() or (kind == "exp_avg_sq" and (value < 0).any()):
+                    raise ValueError(f"{key} holds numbers that no AdamW makes")
+                {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}[kind][name] = value
         step = int(metadata["step"])
         own_steps = {name: int(own) for name, own in json.loads(metadata.get("steps", "{}")).items()}
         return AdamMoments(
@@ -143,7 +157,9 @@ def load_moments(folder: Path) -> AdamMoments | None:
             exp_avg_sq,
             steps=dict.fromkeys(exp_avg, step) | own_steps,
             step=step,
-            **{key: float(metadata[key]) for key in ("learning_rate", "beta1", "beta2", "eps")},
+            **_numbers_of(metadata),
         )
     except (SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise UsageError(f"checkpoint {folder}: {FILE_NAME} is broken ({error}); write the checkpoint again") from None
+        raise UsageError(
+            f"checkpoint {folder}: {FILE_NAME} is broken ({reason_of(error)}); write the checkpoint again"
+        ) from None

@@ -6,7 +6,6 @@ writes and checks what it reads, `Steps` counts them and ends the run, `RunLog` 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from dataflex.data.examples import Example
 from dataflex.environment import without_back_doors
 from dataflex.errors import DataflexError
 from dataflex.files import disk_errors_of
+from dataflex.json_text import json_of_figures
 from dataflex.lora import layout, lora_pairs
 from dataflex.model_card import SavedAdapters, describe_adapter
 from dataflex.progress import Interrupted, Progress, Task
@@ -172,7 +172,7 @@ class RunLog(TrainerCallback):
             "remaining_time": _clock(elapsed / share - elapsed) if share else None,
         }
         with (Path(args.output_dir) / "trainer_log.jsonl").open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps({key: value for key, value in record.items() if value is not None}) + "\n")
+            handle.write(json_of_figures({key: value for key, value in record.items() if value is not None}) + "\n")
 
 
 def _clock(seconds: float) -> str:
@@ -254,7 +254,7 @@ def fit(
         except DataflexError:
             raise
         except Exception as error:
-            if checkpoint is None or checkpoints.loaded:
+            if checkpoint is None or (checkpoints.loaded and not isinstance(error, UnpicklingError)):
                 raise
             if isinstance(error, UnpicklingError):
                 reason = "a file in it holds more than tensors and plain values"

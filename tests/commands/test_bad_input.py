@@ -103,7 +103,7 @@ BAD_CONFIG = {
     "no config": Case("grads", ("model_name_or_path", "dataset", "checkpoint", "output", "set it in the YAML")),
     "unknown key": Case(f"{TRAIN} learning_rat=1", ("learning_rat", "did you mean 'learning_rate'")),
     "unknown value": Case(f"{TRAIN} --gradient-type adan", ("--gradient-type",)),
-    "unknown value of a key": Case(f"{DYNAMIC} reduce=sum", ("reduce", "'mean', 'max' or 'round-robin'")),
+    "unknown value of a key": Case(f"{DYNAMIC} reduce=sum", ("reduce", "'mean', 'max', 'round-robin' or 'rows'")),
     "unknown option": Case("score --trian x.h5", ("--trian",)),
     "unknown template": Case(f"{TRAIN} --template qwenn", ("qwenn", "did you mean 'qwen'")),
     "unknown component": Case(f"{DYNAMIC} component_name=lees", ("lees", "less, random")),

@@ -95,7 +95,7 @@ def test_an_empty_response_is_kept_for_its_end_token(tmp_path: Path, write_datas
     write_dataset("empty", [row(output="")])
     (example,) = load_split(config(tmp_path, dataset="empty"), tokenizer).examples
     assert [label for label in example.labels if label != -100] == tokenizer.encode("<|im_end|>\n")
-    with pytest.raises(UsageError, match="row 0: no supervised token within cutoff_len"):
+    with pytest.raises(UsageError, match="row 0: no supervised token .the chat template writes none for the response"):
         load_split(config(tmp_path, dataset="empty", template="empty"), tokenizer)
 
 

@@ -103,7 +103,7 @@ def test_adam_without_moments_says_so():
 def test_moments_of_another_adapter_are_refused():
     parameter, optimizer = trained_optimizer(1)
     moments = live_moments(optimizer, [Slot("made", parameter, 0, 1000)], 1, 3e-4)
-    with pytest.raises(UsageError, match="do not fit its adapter at other"):
+    with pytest.raises(UsageError, match="does not fit its adapter at other"):
         make_direction("adam", "torch", moments, [Slot("other", parameter, 0, 1000)])
 
 

@@ -25,7 +25,7 @@ def bench(
 ) -> None:
     """Measure gradients against LoRA training: tokens a second, peak memory, time for all rows."""
     options = s.given(locals())
-    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+    with s.session(arguments, options, as_json=as_json, quiet=quiet, command="bench") as session:
         if dry_run:
             return show_plan(session, "bench")
         import dataflex

@@ -41,9 +41,11 @@ def dynamic(
     selection is kept in output_dir/selections.
     """
     options = s.given(locals())
-    with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
+    with s.session(
+        arguments, options, as_json=as_json, quiet=quiet, command="dynamic", alone=dry_run, nproc=nproc
+    ) as session:
         if dry_run:
-            return show_plan(session, "dynamic")
+            return show_plan(session, "dynamic", launches=True, nproc=nproc)
         import dataflex
 
         folder = dataflex.dynamic(session.config, session.console)

@@ -41,9 +41,11 @@ def grads(
     Run again after an interruption, it computes only the rows that are missing.
     """
     options = s.given(locals())
-    with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
+    with s.session(
+        arguments, options, as_json=as_json, quiet=quiet, command="grads", alone=dry_run, nproc=nproc
+    ) as session:
         if dry_run:
-            return show_plan(session, "grads")
+            return show_plan(session, "grads", launches=True, nproc=nproc)
         import dataflex
 
         path = dataflex.grads(session.config, session.console)

@@ -26,7 +26,7 @@ def merge(
     Plain transformers, vLLM and Ollama load it. Several adapters, by comma, are merged one after the other.
     """
     options = s.given(locals())
-    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+    with s.session(arguments, options, as_json=as_json, quiet=quiet, command="merge") as session:
         if dry_run:
             return show_plan(session, "merge")
         import dataflex

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -12,12 +13,19 @@ from dataflex.commands.console import Console
 from dataflex.commands.session import Session
 
 
-def show_plan(session: Session, command: str) -> None:
-    """Find out what `command` would do and print it as tables, or as JSON."""
+def show_plan(session: Session, command: str, *, launches: bool = False, nproc: int | None = None) -> None:
+    """Find out what `command` would do and print it as tables, or as JSON.
+
+    Args:
+        launches: whether the command may start several processes: `nproc`, or as many as the environment and the
+            configuration ask for.
+    """
+    from dataflex.launch import planned_processes
     from dataflex.planning import plan
 
     console = session.console
-    found = plan(session.config, command, console)
+    with planned_processes(session.config, nproc) if launches else contextlib.nullcontext():
+        found = plan(session.config, command, console)
     set_keys = sorted(session.config.model_fields_set)
     console.facts(f"{command}: what is set", {key: getattr(session.config, key) for key in set_keys})
     if found.schedule:

@@ -34,9 +34,11 @@ def score(
     Give --train and --eval once per checkpoint, in the same order; or --exact with a CONFIG and --checkpoint.
     """
     options = s.given(locals())
-    with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
+    with s.session(
+        arguments, options, as_json=as_json, quiet=quiet, command="score", alone=dry_run, nproc=nproc
+    ) as session:
         if dry_run:
-            return show_plan(session, "score")
+            return show_plan(session, "score", launches=True, nproc=nproc)
         import dataflex
         from dataflex.influence.scores import ranking, read_scores
 

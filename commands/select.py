@@ -33,7 +33,7 @@ def select(
     Any trainer that reads the dataset's format reads the file. Give one of --top, --count and --threshold.
     """
     options = s.given(locals())
-    with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+    with s.session(arguments, options, as_json=as_json, quiet=quiet, command="select") as session:
         if dry_run:
             return show_plan(session, "select")
         import dataflex

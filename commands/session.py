@@ -91,16 +91,19 @@ def session(
     *,
     as_json: bool,
     quiet: bool,
+    command: str | None = None,
     alone: bool = True,
     nproc: int | None = None,
 ) -> Iterator[Session]:
     """Load the configuration, run the block, and turn whatever goes wrong into one message and an exit code.
 
-    Unless it is to run `alone`, the whole command may be started again in several processes, of which the first
-    prints: `nproc`, or as many as the environment and the configuration ask for.
+    What `command` needs is checked first, before torch is imported and before other processes are started. Unless it
+    is to run `alone`, the whole command may be started again in several processes, of which the first prints: `nproc`,
+    or as many as the environment and the configuration ask for.
     """
     from dataflex.config_file import load_config
     from dataflex.launch import end_with_launcher
+    from dataflex.needs import check_needs
 
     end_with_launcher()
     if not alone:
@@ -117,6 +120,8 @@ def session(
             config = load_config(path, overrides, given)
             if config.trust_remote_code and config.model_name_or_path:
                 console.warning(f"trust_remote_code: the code that {config.model_name_or_path} brings is run")
+            if command is not None:
+                check_needs(config, command)
             if not alone:
                 _start_processes(config, nproc, console)
             yield Session(config, console)

@@ -24,9 +24,11 @@ def train(
 ) -> None:
     """Train a LoRA adapter on all of a dataset, for instance on a subset that select wrote."""
     options = s.given(locals())
-    with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
+    with s.session(
+        arguments, options, as_json=as_json, quiet=quiet, command="train", alone=dry_run, nproc=nproc
+    ) as session:
         if dry_run:
-            return show_plan(session, "train")
+            return show_plan(session, "train", launches=True, nproc=nproc)
         import dataflex
 
         folder = dataflex.train(session.config, session.console)

@@ -27,9 +27,11 @@ def warmup(
     Writes checkpoints with the adapter and Adam's moments, the place where gradients are then taken.
     """
     options = s.given(locals())
-    with s.session(arguments, options, as_json=as_json, quiet=quiet, alone=dry_run, nproc=nproc) as session:
+    with s.session(
+        arguments, options, as_json=as_json, quiet=quiet, command="warmup", alone=dry_run, nproc=nproc
+    ) as session:
         if dry_run:
-            return show_plan(session, "warmup")
+            return show_plan(session, "warmup", launches=True, nproc=nproc)
         import dataflex
 
         checkpoint = dataflex.warmup(session.config, session.console)

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from dataflex.adapter_files import CONFIG_FILE, WEIGHT_FILES, adapter_folder, weights_file
 from dataflex.errors import UsageError
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 """What PEFT puts before the name of a module of the base model."""
 
@@ -38,25 +37,6 @@ class Adapter:
     config: LoraConfig
     tensors: dict[str, torch.Tensor]
     """By the names under which PEFT writes them."""
-
-
-def adapter_folder(path: str | Path) -> Path:
-    """`path`, after checking that an adapter lies there."""
-    folder = Path(path)
-    if not (folder / CONFIG_FILE).is_file():
-        raise UsageError(f"adapter {path}: no {CONFIG_FILE}; name a folder that warmup, train or dynamic wrote")
-    weights_file(folder)
-    return folder
-
-
-def weights_file(folder: str | Path) -> Path:
-    """The file with an adapter's tensors; safetensors where there are both."""
-    for name in WEIGHT_FILES:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    raise UsageError(
-        f"adapter {folder}: no {' and no '.join(WEIGHT_FILES)}; name a folder that warmup, train or dynamic wrote"
-    )
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -193,7 +173,7 @@ def put_on(
     """
     from peft import PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 
-    _fit_vocabulary(model, adapter)
+    fit_vocabulary(model, adapter)
     config = deepcopy(adapter.config)
     config.inference_mode = not trainable
     if model.device.type == "meta":
@@ -253,7 +233,7 @@ def ends(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     return found[0], found[1]
 
 
-def _fit_vocabulary(model: PreTrainedModel, adapter: Adapter) -> None:
+def fit_vocabulary(model: PreTrainedModel, adapter: Adapter) -> None:
     """Give `model` as many embeddings as `adapter` was trained with, where it brings the rows that are new."""
     embedding, head = ends(model)
     if embedding is None:

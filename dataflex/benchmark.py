@@ -17,25 +17,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataflex.config import RunConfig, require
+from dataflex.config import RunConfig, needed
 from dataflex.cost import (
     FEWEST_TOKENS,
     free_memory,
     gradient_flops,
-    multiplied_weights,
     shape_of,
     training_memory,
 )
 from dataflex.data.batches import collate
-from dataflex.data.examples import Example, load_split
+from dataflex.data.examples import Example, Split
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import batches_of, project_rows
+from dataflex.gradients.probe import check_capture
 from dataflex.lora import Slot
-from dataflex.model import add_lora, check_vocabulary, compute_dtype, load_base_model, load_tokenizer, on_device
+from dataflex.model import add_lora, compute_dtype, device, load_base_model, on_device
+from dataflex.needs import check_needs
+from dataflex.outline import Outline, longest_of, note_gradient_pass, note_peak, outline
+from dataflex.planning import Plan, read_rows
 from dataflex.progress import SILENT, Progress
 from dataflex.projection.protocol import Projector
-from dataflex.projection.table import make_projector
+from dataflex.projection.table import check_projector, make_projector
 from dataflex.provenance import device_name
 from dataflex.store.manifest import Manifest
 from dataflex.store.writer import StoreWriter, create_store
@@ -53,16 +56,10 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
         of both; `sample` and `dataset` with their rows and tokens, and the seconds a gradient pass over the whole
         dataset would take.
     """
-    require(config, "bench")
-    tokenizer = load_tokenizer(config)
-    split = load_split(config, tokenizer, "train", progress)
-    dtype = compute_dtype(config)
-    base = load_base_model(config, dtype)
-    check_vocabulary(base, split.examples, config.template)
-    base_parameters, weights = base.num_parameters(), multiplied_weights(base)
-    capture = make_capture(on_device(add_lora(base, config)), dtype, tokenizer.pad_token_id, config.token_budget)
+    split, sizes, capture = prepare_bench(config, Plan("bench"), progress)
+    dtype = capture.dtype
     if config.token_budget is None:
-        capture = replace(capture, token_budget=_budget_for_both(capture, base_parameters))
+        capture = replace(capture, token_budget=_budget_for_both(capture, sizes.base))
     batches = sample(batches_of(capture, split.examples, config.proj_dim or 1))
 
     optimizer = torch.optim.AdamW([slot.parameter for slot in capture.slots], lr=config.learning_rate)
@@ -92,7 +89,7 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     seconds = {name: sum(lengths) for name, lengths in clock.seconds().items()}
     train, grads = seconds.pop("train"), seconds.pop("grads")
     parts = {"model": grads - sum(seconds.values()), **seconds}
-    flops = gradient_flops(*weights, capture.parameters, tokens, supervised)
+    flops = gradient_flops(*sizes.multiplied, capture.parameters, tokens, supervised)
     return {
         "device": device_name(),
         "dtype": str(dtype).removeprefix("torch."),
@@ -104,6 +101,27 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
         "sample": {"rows": sum(len(batch) for batch in rows), "tokens": tokens, "batches": len(rows)},
         "dataset": {"rows": len(split.examples), "tokens": total, "seconds": total * grads / tokens},
     }
+
+
+def prepare_bench(config: RunConfig, plan: Plan, progress: Progress = SILENT) -> tuple[Split, Outline, Capture]:
+    """Find out and check everything that `bench` needs: its rows, the sizes of its model, and the model."""
+    check_needs(config, "bench")
+    if not config.is_exact:
+        check_projector(config.projector, needed(config.proj_dim), device())
+    tokenizer, splits = read_rows(config, ["train"], plan, progress)
+    split = splits["train"]
+    sizes = outline(config, plan, [split])
+    peaks = note_gradient_pass(config, plan, sizes, [split])
+    if sizes.shape is not None:
+        tokens = max(plan.sizes["token_budget"], longest_of([split]))
+        peaks.append(training_memory(sizes.shape, tokens, checkpointing=False))
+    note_peak(plan, sizes, peaks)
+    plan.needs_weights(config, sizes.base)
+    dtype = compute_dtype(config)
+    model = on_device(add_lora(load_base_model(config, dtype), config))
+    capture = make_capture(model, dtype, tokenizer.pad_token_id, config.token_budget)
+    check_capture(capture, split.examples, progress)
+    return split, sizes, capture
 
 
 def _budget_for_both(capture: Capture, base_parameters: int) -> int:

@@ -64,6 +64,24 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _numbers(value: Any) -> Any:
+    """Texts that are numbers as numbers: YAML reads 1e-1 as a text."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _number(item) for name, item in value.items()}
+
+
+def _number(item: Any) -> Any:
+    if not isinstance(item, str):
+        return item
+    for kind in (int, float):
+        try:
+            return kind(item)
+        except ValueError:
+            continue
+    return item
+
+
 def _steps(value: float) -> float:
     if value > 1 and value != int(value):
         raise ValueError("expected a whole number of steps, or a share of the run below 1")
@@ -221,7 +239,7 @@ class RunConfig(BaseModel):
     """Optimizer steps in all; overrides the epochs when positive."""
     lr_scheduler_type: Annotated[LrSchedule, TRAINING] = "linear"
     """Learning-rate schedule by transformers' name, for instance cosine."""
-    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, TRAINING] = None
+    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_numbers), TRAINING] = None
     """Further arguments of the schedule."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1), TRAINING] = 0.0
     """Share of the steps in which the learning rate rises."""
@@ -447,6 +465,11 @@ class RunConfig(BaseModel):
     def resumed_adapter(self) -> str | None:
         """The adapter that training goes on from, None for a new one."""
         return None if self.create_new_adapter or not self.adapter_name_or_path else self.adapter_name_or_path[-1]
+
+    @property
+    def starts_afresh(self) -> bool:
+        """True where training is to start over what a former run left in output_dir."""
+        return self.overwrite or self.overwrite_output_dir
 
     @property
     def is_exact(self) -> bool:

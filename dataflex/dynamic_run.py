@@ -6,19 +6,22 @@ The selection is the same code as `grads` and `score`, on the live model and its
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dataflex import processes
-from dataflex.config import RunConfig, needed, require
+from dataflex.config import RunConfig, needed
 from dataflex.data.examples import Split
 from dataflex.errors import UsageError
-from dataflex.files import read_jsonl, write_jsonl
+from dataflex.files import check_room, read_jsonl, write_jsonl
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.passes import mean_loss
 from dataflex.influence.scores import best_rows, score_records
 from dataflex.model import compute_dtype, device
+from dataflex.needs import check_needs
+from dataflex.outline import Outline, note_gradient_pass, note_store
+from dataflex.planning import Plan
 from dataflex.progress import SILENT, Progress
 from dataflex.projection.table import check_projector
 from dataflex.provenance import RunRecord
@@ -28,7 +31,7 @@ from dataflex.selectors.table import make_selector
 from dataflex.training.checkpoints import step_of
 from dataflex.training.moments import AdamMoments
 from dataflex.training.resume import last_checkpoint
-from dataflex.training.runs import Run, begin, finish, load_run, train_run
+from dataflex.training.runs import Run, begin, finish, prepare_training, train_run
 from dataflex.training.schedule import Schedule, dynamic_schedule, scheduled_rows
 
 
@@ -37,28 +40,16 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
 
     Started again after it was stopped, it goes on from its last checkpoint and ends the same.
     """
-    require(config, "dynamic")
-    selector = make_selector(config.selector)
-    if not config.is_exact:
-        check_projector(config.projector, needed(config.proj_dim), device())
-    schedule = dynamic_schedule(config)
-
-    def steps_over(train: Split) -> int:
-        check_selection_size(schedule, train)
-        return schedule.total_steps
-
+    ready = prepare_dynamic(config, Plan("dynamic"), progress)
     output_dir = Path(needed(config.output_dir))
-    run = load_run(config, "dynamic", progress, steps_over, selects=True)
-    if run is None:
+    if ready is None:
         return output_dir
-    capture = make_capture(
-        run.model, compute_dtype(config), run.tokenizer.pad_token_id, config.token_budget, config.grad_layers
-    )
+    run, schedule, capture = ready.run, ready.schedule, ready.capture
     with begin(run) as record:
         if config.token_budget is None:  # a run taken up again cuts the batches it began with, whatever is free now
             capture = replace(capture, token_budget=record.facts.get("token_budget", capture.token_budget))
             record.note(token_budget=capture.token_budget)
-        selections = _Selections(run, selector, schedule, capture, record)
+        selections = _Selections(run, ready.selector, schedule, capture, record)
         selections.recall(step_of(last_checkpoint(output_dir)))
         history = train_run(
             run,
@@ -85,6 +76,51 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
             eval_loss={**record.facts["eval_loss"], "after": loss_after},
         )
     return output_dir
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that is ready to begin."""
+
+    run: Run
+    selector: Selector
+    schedule: Schedule
+    capture: Capture
+
+
+def prepare_dynamic(config: RunConfig, plan: Plan, progress: Progress = SILENT) -> Ready | None:
+    """Find out and check everything that `dynamic` needs; nothing is written. None, and said, where it is finished."""
+    check_needs(config, "dynamic")
+    selector = make_selector(config.selector)
+    if not config.is_exact:
+        check_projector(config.projector, needed(config.proj_dim), device())
+    schedule = dynamic_schedule(config)
+    plan.schedule = {
+        "steps": schedule.total_steps,
+        "rows_per_step": schedule.rows_per_step,
+        "warmup_steps": min(schedule.warmup_step, schedule.total_steps),
+        "selections": schedule.selection_steps,
+        "rows_per_selection": schedule.rows_per_selection,
+    }
+
+    def steps_over(train: Split) -> int:
+        check_selection_size(schedule, train)
+        return schedule.total_steps
+
+    def note(sizes: Outline, splits: Sequence[Split]) -> list[int]:
+        if not config.is_exact:
+            folder = Path(config.cache_dir or needed(config.output_dir))
+            wanted = note_store(config, plan, sizes, splits)
+            check_room(folder / "stores", f"gradient stores in {folder}", wanted, "lower proj_dim, or name a cache_dir")
+        return note_gradient_pass(config, plan, sizes, splits, len(schedule.selection_steps))
+
+    run = prepare_training(config, plan, progress, steps_over, note)
+    if run is None:
+        return None
+    capture = make_capture(
+        run.model, compute_dtype(config), run.tokenizer.pad_token_id, config.token_budget, config.grad_layers
+    )
+    return Ready(run, selector, schedule, capture)
 
 
 def check_selection_size(schedule: Schedule, train: Split) -> None:

@@ -31,6 +31,8 @@ _BACK_DOOR = re.compile(
 )
 # Of these, what a run's numbers do not depend on.
 HARMLESS = {"ACCELERATE_LOG_LEVEL", "ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"}
+# How many processes a run would have, for the dry run of it, which is alone.
+PLANNED = "DATAFLEX_PLANNED_PROCESSES"
 _COUNTS = re.compile(r"(PMI|OMPI|MV2|MPI)_\w+")
 _NOTHING = {"", "0", "1", "-1", "no", "none", "false", "default", "auto"}
 
@@ -46,8 +48,9 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes the run has. Without a launcher it is one, whatever WORLD_SIZE a shell has left over."""
-    return number(os.environ, "WORLD_SIZE", 1) if launched() else 1
+    """How many processes the run has. Without a launcher it is one, whatever WORLD_SIZE a shell has left over; a dry
+    run counts those that the run would start."""
+    return number(os.environ, "WORLD_SIZE" if launched() else PLANNED, 1)
 
 
 def local_rank() -> int:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -105,11 +106,16 @@ def write_json(path: Path | str, value: Any) -> None:
 def write_jsonl(path: Path | str, records: Iterable[Any]) -> None:
     """Write a record a line; a UsageError names the file, the record and the field that JSON cannot hold."""
     with atomic(path) as handle:
-        for number, record in enumerate(records):
-            try:
-                handle.write(json_line(record) + "\n")
-            except UsageError as error:
-                raise UsageError(f"{path}, record {number}: {error}") from None
+        handle.writelines(json_lines(path, records))
+
+
+def json_lines(path: Path | str, records: Iterable[Any]) -> Iterator[str]:
+    """The lines that `write_jsonl` writes; UsageError as there."""
+    for number, record in enumerate(records):
+        try:
+            yield json_line(record) + "\n"
+        except UsageError as error:
+            raise UsageError(f"{path}, record {number}: {error}") from None
 
 
 def read_jsonl(path: Path | str, what: str) -> Iterator[dict[str, Any]]:
@@ -150,6 +156,22 @@ def _check_place(folder: Path, what: str, key: str) -> None:
         raise UsageError(f"{what}: {nearest} is not a folder; choose another {key}")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"{what}: no permission to write in {nearest}; choose another {key}")
+
+
+def check_room(path: str | Path, what: str, wanted: int, instead: str) -> None:
+    """Raise a UsageError where the disk of `path`, which may not be there yet, has less than `wanted` bytes free.
+
+    Args:
+        what: the output, as the message begins.
+        instead: what to change where no room can be made.
+    """
+    nearest = next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(nearest).free
+    if wanted > free:
+        raise UsageError(
+            f"{what}: {wanted} bytes ({wanted / 1e9:.3g} GB) are needed, and {nearest} has {free} bytes "
+            f"({free / 1e9:.3g} GB) free; make room, or {instead}"
+        )
 
 
 def sha256_of(path: Path | str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dataflex.adapter_files import adapter_folder, weights_file
 from dataflex.config import RunConfig, needed
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import write_json
@@ -31,19 +32,22 @@ SETTLED_SECONDS = 2.0
 IDLE_SETTINGS = ("base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type", "auto_mapping")
 
 
-def base_model_fingerprint(config: RunConfig, progress: Progress = SILENT) -> tuple[str, dict[str, Any]]:
+def base_model_fingerprint(
+    config: RunConfig, progress: Progress = SILENT, keep: bool = True
+) -> tuple[str, dict[str, Any]]:
     """sha256 (hex) over the frozen base, the adapters folded into it included, and the hash of each of its parts.
 
-    A local folder or .gguf file is told by its bytes, a model of the hub by its commit.
+    A local folder or .gguf file is told by its bytes, a model of the hub by its commit. `keep` False adds no hash to
+    the cache.
     """
-    facts = {"model_name_or_path": masked(config.model_name_or_path), **_base_parts(config, progress)}
+    facts = {"model_name_or_path": masked(config.model_name_or_path), **_base_parts(config, progress, keep)}
     for adapter in config.folded_adapters:
-        facts[f"adapter {adapter}"] = adapter_fingerprint(adapter)
+        facts[f"adapter {adapter}"] = adapter_fingerprint(adapter, keep)
     parts = [value for name, value in facts.items() if name != "model_name_or_path"]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest(), facts
 
 
-def _base_parts(config: RunConfig, progress: Progress) -> dict[str, str]:
+def _base_parts(config: RunConfig, progress: Progress, keep: bool) -> dict[str, str]:
     from dataflex.model import load_model_config
 
     if config.model_name_or_path is None:
@@ -53,7 +57,7 @@ def _base_parts(config: RunConfig, progress: Progress) -> dict[str, str]:
         commit = getattr(load_model_config(config), "_commit_hash", None)
         return {"commit": commit or config.model_name_or_path}
     files = [path] if path.is_file() else model_files(path)
-    return {file.name: digest for file, digest in zip(files, file_hashes(files, progress), strict=True)}
+    return {file.name: digest for file, digest in zip(files, file_hashes(files, progress, keep), strict=True)}
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -65,10 +69,8 @@ def model_files(folder: Path) -> list[Path]:
     return [*weights, folder / "config.json", *sorted(folder.glob("*.py"))]
 
 
-def adapter_fingerprint(path: str | Path) -> str:
+def adapter_fingerprint(path: str | Path, keep: bool = True) -> str:
     """sha256 (hex) over an adapter's weights and the settings that say how they act."""
-    from dataflex.adapters import adapter_folder, weights_file
-
     folder = adapter_folder(path)
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -79,7 +81,7 @@ def adapter_fingerprint(path: str | Path) -> str:
         }
     except (OSError, ValueError, AttributeError) as error:
         raise UsageError(f"adapter {path}: adapter_config.json is not readable ({error})") from None
-    [weights] = file_hashes([weights_file(folder)])
+    [weights] = file_hashes([weights_file(folder)], keep=keep)
     return hashlib.sha256(f"{weights}{json.dumps(acting, sort_keys=True)}".encode()).hexdigest()
 
 
@@ -95,23 +97,23 @@ def live_adapter_fingerprint(pairs: Iterable[LoraPair]) -> str:
     return digest.hexdigest()
 
 
-def file_hashes(paths: Iterable[Path], progress: Progress = SILENT) -> list[str]:
+def file_hashes(paths: Iterable[Path], progress: Progress = SILENT, keep: bool = True) -> list[str]:
     """sha256 (hex) of each file's bytes, read only where no hash of this very file is kept."""
     known = [(path, _kept_hash(path)) for path in paths]
     size = sum(path.stat().st_size for path, digest in known if digest is None)
     if not size:
         return [digest for _, digest in known if digest is not None]
     with progress.task("reading weights", -(-size // CHUNK_BYTES), "chunks") as task:
-        return [digest or _read_hash(path, task.advance) for path, digest in known]
+        return [digest or _read_hash(path, task.advance, keep) for path, digest in known]
 
 
-def _read_hash(path: Path, advance: Any) -> str:
+def _read_hash(path: Path, advance: Any, keep: bool) -> str:
     before, digest = path.stat(), hashlib.sha256()
     with open(path, "rb") as handle:
         while chunk := handle.read(CHUNK_BYTES):
             digest.update(chunk)
             advance()
-    if time.time() - before.st_mtime > SETTLED_SECONDS and _identity(before) == _identity(path.stat()):
+    if keep and time.time() - before.st_mtime > SETTLED_SECONDS and _identity(before) == _identity(path.stat()):
         with contextlib.suppress(OSError, DataflexError):  # a cache that cannot be written is no fault of the run
             write_json(_place_of(path), {**_identity(before), "sha256": digest.hexdigest()})
     return digest.hexdigest()

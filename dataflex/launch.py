@@ -7,15 +7,16 @@ or srun with a task a GPU) is left as it is.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 
 from dataflex.config import RunConfig
-from dataflex.environment import launched, number, torchrun_forced
+from dataflex.environment import PLANNED, launched, number, torchrun_forced
 from dataflex.errors import DataflexError
 
 LAUNCHED = "DATAFLEX_LAUNCHED"
@@ -30,12 +31,10 @@ def launch_arguments(config: RunConfig, nproc: int | None, environment: Mapping[
     Raises:
         UsageError: naming a variable that holds no number.
     """
-    if launched(environment):
+    here = processes_here(config, nproc, environment)
+    if here is None:
         return None
     nodes = number(environment, "NNODES", 1)
-    if not (torchrun_forced(environment) or config.deepspeed or (nproc or 1) > 1):
-        return None
-    here = nproc or number(environment, "NPROC_PER_NODE", 0) or max(1, visible_gpus())
     options = ["--nproc-per-node", str(here), "--max-restarts", "0"]
     if nodes == 1 and "MASTER_PORT" not in environment:
         return [*options, "--standalone"]
@@ -50,6 +49,27 @@ def launch_arguments(config: RunConfig, nproc: int | None, environment: Mapping[
         "--master-port",
         str(number(environment, "MASTER_PORT", 29500)),
     ]
+
+
+def processes_here(config: RunConfig, nproc: int | None, environment: Mapping[str, str]) -> int | None:
+    """How many processes this command starts on this machine; None where this one process is what is wanted."""
+    if launched(environment) or not (torchrun_forced(environment) or config.deepspeed or (nproc or 1) > 1):
+        return None
+    return nproc or number(environment, "NPROC_PER_NODE", 0) or max(1, visible_gpus())
+
+
+@contextlib.contextmanager
+def planned_processes(
+    config: RunConfig, nproc: int | None, environment: MutableMapping[str, str] = os.environ
+) -> Iterator[None]:
+    """While the block runs, let this one process count as many as the command would start, in `environment`."""
+    here = processes_here(config, nproc, environment)
+    if here is not None:
+        environment[PLANNED] = str(here * number(environment, "NNODES", 1))
+    try:
+        yield
+    finally:
+        environment.pop(PLANNED, None)
 
 
 def launch(options: Sequence[str], arguments: Sequence[str]) -> int:

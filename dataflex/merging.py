@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
-from fnmatch import fnmatch
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,16 @@ import torch
 from torch import nn
 
 from dataflex.adapters import Adapter, ends, read_adapter
-from dataflex.config import RunConfig, needed, require
+from dataflex.config import RunConfig, needed
 from dataflex.data.chat_formats import end_token, ollama_modelfile
 from dataflex.data.chat_tokenizer import set_chat
-from dataflex.data.templates import find_template
 from dataflex.errors import DataflexError, UsageError
-from dataflex.files import check_output_dir, disk_errors_of, make_ordinary, write_json, write_text
+from dataflex.files import check_room, disk_errors_of, make_ordinary, write_json, write_text
 from dataflex.folding import check_foldable, check_kind, fold, without_copies
 from dataflex.model import device, load_base_model, load_skeleton, load_tokenizer
 from dataflex.model_card import CARD, merged_card
+from dataflex.needs import check_export_dir, check_needs
+from dataflex.planning import Plan
 from dataflex.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -56,13 +57,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 """The files one of which a folder with a tokenizer has."""
 
-EXPORTED = (
-    "config.json", "generation_config.json", "model*.safetensors", "model*.safetensors.index.json",
-    "pytorch_model*.bin", "pytorch_model*.bin.index.json", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "vocab.*", "merges.txt", "spiece.model", "*.py", "Modelfile", "README.md",
-)  # fmt: skip
-"""The files an export may consist of: only a folder of nothing else is ever replaced."""
-
 
 def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Merge each of `adapter_name_or_path` in turn into the base model and save it in `export_dir`.
@@ -74,18 +68,12 @@ def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
             nothing is written.
         DataflexError: if merging changed nothing, or what was written is another model; nothing is left of it.
     """
-    require(config, "merge")
-    export_dir = check_export_dir(config)
-    adapters = [read_adapter(path) for path in needed(config.adapter_name_or_path)]
-    _check_base_name(config, adapters[0])
-    tokenizer = _find_tokenizer(config)
-    chat = set_chat(tokenizer, config.template)
+    ready = prepare_merge(config, Plan("merge"), progress)
+    export_dir, tokenizer, chat = ready.export_dir, ready.tokenizer, ready.chat
     model = load_base_model(config.changed(flash_attn="auto"), "auto")  # other kernels may need a GPU
-    _check_generation(model, needed(config.model_name_or_path))
-    for path in needed(config.adapter_name_or_path):
-        check_foldable(model, path)
+    _check_generation(model.generation_config.to_dict(), needed(config.model_name_or_path))  # a hub's as well
     nn.Module.to(model, device() if config.export_device == "auto" else torch.device("cpu"))
-    adapters = [without_copies(model, adapter) for adapter in adapters]
+    adapters = [without_copies(model, adapter) for adapter in ready.adapters]
     probe = Probe()
     for adapter in adapters:
         model = fold(model, adapter, look=probe.look)
@@ -118,27 +106,38 @@ def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
     return Path(needed(config.export_dir))
 
 
-def check_merge(config: RunConfig) -> list[str]:
-    """Raise a UsageError for what `merge` would refuse, as far as that shows without the weights or the network.
+@dataclass(frozen=True)
+class Merging:
+    """A merge that is ready to begin."""
 
-    Returns:
-        what could not be found out, in words.
-    """
-    check_export_dir(config)
-    if config.template is not None:
-        find_template(config.template)
-    for path in needed(config.adapter_name_or_path):
-        check_kind(read_adapter(path))
-    try:
-        load_tokenizer(config, local_only=True)
-        model = load_skeleton(config, local_only=True)
-    except UsageError as error:
-        if (base := Path(needed(config.model_name_or_path))).exists() or base.is_absolute():
-            raise
-        return [f"whether the adapters fit: that shows with the base model. {error}"]
+    export_dir: Path
+    """Links followed."""
+    adapters: list[Adapter]
+    tokenizer: PreTrainedTokenizerBase
+    chat: Template | None
+
+
+def prepare_merge(config: RunConfig, plan: Plan, progress: Progress = SILENT) -> Merging:
+    """Find out and check everything that `merge` needs, but for the base's weights; nothing is written."""
+    check_needs(config, "merge")
+    export_dir = check_export_dir(config)
+    adapters = [read_adapter(path) for path in needed(config.adapter_name_or_path)]
+    for adapter in adapters:
+        check_kind(adapter)
+    _check_base_name(config, adapters[0])
+    base = needed(config.model_name_or_path)
+    _check_generation(_generation_of(Path(base)), base)
+    with plan.needs_hub(config, "whether the adapters fit: that shows with the base model"):
+        tokenizer = _find_tokenizer(config, plan.dry_run)
+        model = load_skeleton(config, local_only=plan.dry_run)
+    chat = set_chat(tokenizer, config.template)
+    # a configuration without a dtype leaves it to the weights, of which half precision is the least
+    stored = model.dtype if model.config.dtype else torch.float16
+    written = model.num_parameters() * export_dtype(stored).itemsize
+    check_room(export_dir, f"export_dir {config.export_dir}", written, "choose an export_dir on a larger disk")
     for path in needed(config.adapter_name_or_path):
         check_foldable(model, path)
-    return []
+    return Merging(export_dir, adapters, tokenizer, chat)
 
 
 class Probe:
@@ -237,12 +236,12 @@ def _check_base_name(config: RunConfig, adapter: Adapter) -> None:
         )
 
 
-def _find_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+def _find_tokenizer(config: RunConfig, local_only: bool) -> PreTrainedTokenizerBase:
     """The base's tokenizer, or the last adapter's where that knows more tokens, or where no template is named: it
     has the wording and the end token of the training."""
     from transformers import AutoTokenizer
 
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, local_only)
     folder = Path(config.adapter_name_or_path[-1])
     if not any((folder / name).is_file() for name in VOCABULARIES):
         return tokenizer
@@ -254,30 +253,6 @@ def _find_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
         ) from error
     more = set(trained.get_vocab()) > set(tokenizer.get_vocab())
     return trained if more or config.template is None else tokenizer
-
-
-def check_export_dir(config: RunConfig) -> Path:
-    """The folder to write, links followed; a UsageError where writing it would cost something else."""
-    export_dir = check_output_dir(needed(config.export_dir), "export_dir", config.overwrite).resolve()
-    for key, paths in (
-        ("model_name_or_path", [config.model_name_or_path]),
-        ("adapter_name_or_path", config.adapter_name_or_path),
-    ):
-        for path in filter(None, paths or []):
-            if Path(path).exists() and Path(path).resolve().is_relative_to(export_dir):
-                raise UsageError(f"export_dir {config.export_dir}: {key} {path} lies there; choose another export_dir")
-    if export_dir.is_dir():
-        strange = [
-            path.name
-            for path in sorted(export_dir.iterdir())
-            if path.is_dir() or not any(fnmatch(path.name, pattern) for pattern in EXPORTED)
-        ]
-        if strange:
-            raise UsageError(
-                f"export_dir {config.export_dir} holds {strange[0]}, which is no part of an earlier export and "
-                "would be lost; choose another export_dir, or empty it by hand"
-            )
-    return export_dir
 
 
 def export_dtype(stored: torch.dtype) -> torch.dtype:
@@ -292,10 +267,19 @@ def export_dtype(stored: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def _check_generation(model: PreTrainedModel, name: str) -> None:
+def _generation_of(folder: Path) -> dict[str, Any]:
+    """What generation_config.json in `folder` says; nothing where transformers would find no such file."""
+    try:
+        found = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_generation(generation: dict[str, Any], name: str) -> None:
     """Raise a UsageError where a token that generation_config.json names is no number."""
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        tokens = getattr(model.generation_config, key, None)
+        tokens = generation.get(key)
         if not all(type(token) is int for token in _as_list(tokens)):
             raise UsageError(
                 f"generation_config.json of {name}: {key} is {tokens!r}; expected the number of a token; put that right"

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from dataflex.adapters import put_on, read_adapter
-from dataflex.config import RunConfig, needed, require
+from dataflex.config import RunConfig, needed
 from dataflex.cost import out_of_memory
 from dataflex.environment import local_rank
 from dataflex.errors import UsageError, reason_of
 from dataflex.folding import check_foldable, fold, without_copies
 from dataflex.lora import has_transposed, lora_targets, peft_errors
+from dataflex.model_files import check_base_model
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -30,16 +31,12 @@ def model_source(config: RunConfig, local_only: bool = False) -> dict[str, Any]:
 
     `local_only` never asks the hub: a hub id is then found only where it was downloaded before.
     """
-    require(config, "loading a model", "model_name_or_path")
+    check_base_model(config)
     name = needed(config.model_name_or_path)
     source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if name.endswith(".gguf"):
         path = Path(name)
-        if not path.is_file():
-            raise UsageError(f"model_name_or_path: no file {name}")
         return {**source, "pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise UsageError(f"model_name_or_path: {name} has no config.json; name a folder that holds a whole model")
     hub = {"revision": config.model_revision or "main", "local_files_only": local_only}
     return {**source, **hub, "pretrained_model_name_or_path": name}
 

@@ -6,16 +6,17 @@ One process is a team of one, so callers are written once. `environment` says ho
 from __future__ import annotations
 
 import datetime
+import sys
 from collections.abc import Sequence
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dataflex.environment import launched, local_rank, world_size
 from dataflex.environment import rank as rank
 from dataflex.errors import UsageError
 from dataflex.progress import Interrupted, Task
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -29,10 +30,13 @@ def join(timeout_s: int = 1800, deepspeed: bool = False) -> None:
     Raises:
         UsageError: if DeepSpeed is asked for in a process that no launcher started.
     """
-    if dist.is_initialized() or (size() == 1 and not deepspeed):
+    if _team() is not None or (size() == 1 and not deepspeed):
         return
     if not launched():
         raise UsageError("deepspeed runs in processes that a launcher starts: use the command line, or torchrun")
+    import torch
+    import torch.distributed as dist
+
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl"
@@ -49,19 +53,25 @@ def join(timeout_s: int = 1800, deepspeed: bool = False) -> None:
 
 def leave() -> None:
     """Part from the other processes at the end of a command."""
-    if dist.is_initialized():
+    if (dist := _team()) is not None:
         dist.destroy_process_group()
+
+
+def _team() -> Any:
+    """torch.distributed where this process has joined others, else None. A process without torch has joined none."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_initialized() else None
 
 
 def barrier() -> None:
     """Wait until every process is here."""
-    if dist.is_initialized():
+    if (dist := _team()) is not None:
         dist.barrier()
 
 
 def gather(value: T) -> list[T]:
     """Every process's `value`, in order of rank, on rank 0; an empty list on the others."""
-    if not dist.is_initialized():
+    if (dist := _team()) is None:
         return [value]
     values: list[Any] | None = [None] * size() if rank() == 0 else None
     dist.gather_object(value, values)
@@ -70,7 +80,7 @@ def gather(value: T) -> list[T]:
 
 def broadcast(value: T) -> T:
     """Rank 0's `value`, everywhere."""
-    if not dist.is_initialized():
+    if (dist := _team()) is None:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -79,7 +89,7 @@ def broadcast(value: T) -> T:
 
 def sum_over(tensors: Sequence[torch.Tensor]) -> None:
     """Replace each tensor by its sum over the processes, in place."""
-    if dist.is_initialized():
+    if (dist := _team()) is not None:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
@@ -95,7 +105,9 @@ def advance(task: Task, amount: int = 1, **shown: Any) -> None:
         task.advance(amount, **shown)
     except Interrupted as interrupted:
         stop = interrupted
-    if dist.is_initialized():
+    if (dist := _team()) is not None:
+        import torch
+
         exit_code = torch.tensor(stop.exit_code if stop else 0)
         dist.all_reduce(exit_code, dist.ReduceOp.MAX)
         if exit_code:

@@ -22,7 +22,6 @@ from dataflex import RunConfig, load_config
 from dataflex.adapters import read_adapter
 from dataflex.errors import DataflexError, UsageError
 from dataflex.folding import check_foldable, fold
-from dataflex.merging import check_merge
 from dataflex.planning import plan
 
 ROWS = 64
@@ -321,7 +320,7 @@ class TestAsFound:
     def refused(self, adapter: Path, base: Path, match: str) -> None:
         """By a merge, and by the dry run of one."""
         config = merge_config(base, adapter)
-        for run in (dataflex.merge, check_merge):
+        for run in (dataflex.merge, lambda config: plan(config, "merge")):
             with pytest.raises(UsageError, match=match) as caught:
                 run(config)
             said = str(caught.value)
@@ -424,7 +423,7 @@ class TestAsFound:
     def test_a_look_leaves_the_model_as_it_is(self, adapter: Path, bases: dict[str, Path]) -> None:
         model = AutoModelForCausalLM.from_pretrained(bases["tied"])
         check_foldable(model, adapter)
-        assert check_merge(merge_config(bases["tied"], adapter)) == []
+        assert plan(merge_config(bases["tied"], adapter), "merge").unknown == []
         assert not any("lora" in name for name, _ in model.named_modules())
         self.configure(adapter, r=8)
         with pytest.raises(UsageError, match="but the model needs"):
@@ -442,7 +441,7 @@ class TestDryRun:
         for key, value, match in (
             ("template", "qwenn", "did you mean 'qwen'"),
             ("adapter_name_or_path", "gone", r"adapter gone: no adapter_config\.json"),
-            ("model_name_or_path", str(tmp_path / "gone"), "cannot load the tokenizer of .*gone"),
+            ("model_name_or_path", str(tmp_path / "gone"), "model_name_or_path: no folder .*gone"),
         ):
             with pytest.raises(UsageError, match=match):
                 plan(config.changed(**{key: value}), "merge")

@@ -29,6 +29,7 @@ from dataflex.data.examples import load_split
 from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients import collect, passes
 from dataflex.model import load_tokenizer
+from dataflex.planning import plan
 from dataflex.progress import Interrupted, Silent
 from dataflex.store.layout import header_checksum
 
@@ -281,8 +282,12 @@ def test_a_store_that_cannot_fit_is_not_begun(settings, checkpoint, disk):
     if not disk.mounted:
         pytest.fail("this one needs a disk of a known size: run it as root", pytrace=False)
     more = {"checkpoint": checkpoint, "output": str(disk.folder / "g.h5"), "proj_dim": 10**6}
-    with pytest.raises(DataflexError, match=r"g\.h5: 128 MB are needed and 33\.6 MB are free; make room, or lower"):
-        grads(load_config(options={**settings, **more}))
+    wanted = (
+        r"g\.h5: \d+ bytes \(0\.128 GB\) are needed, and \S+ has \d+ bytes \(0\.0336 GB\) free; make room, or lower"
+    )
+    for command in (grads, lambda config: plan(config, "grads")):
+        with pytest.raises(UsageError, match=wanted):
+            command(load_config(options={**settings, **more}))
     assert list(disk.folder.iterdir()) == []
 
 

@@ -14,7 +14,6 @@ from transformers.integrations.neftune import activate_neftune
 
 from dataflex import RunConfig, load_config, load_examples, train
 from dataflex.adapters import read_adapter
-from dataflex.data.examples import load_split
 from dataflex.errors import UsageError
 from dataflex.fingerprints import base_model_fingerprint
 from dataflex.folding import check_foldable, fold
@@ -26,7 +25,6 @@ from dataflex.model import (
     load_adapter,
     load_base_model,
     load_frozen_model,
-    load_tokenizer,
 )
 from dataflex.training.runs import trainable_model
 
@@ -227,12 +225,12 @@ class TestAdapter:
 
     @pytest.mark.parametrize("keys, adapter", [({"bf16": True}, torch.float32), ({"pure_bf16": True}, torch.bfloat16)])
     def test_its_numbers(self, config: RunConfig, tmp_path: Path, keys: dict, adapter: torch.dtype):
-        model = trainable_model(config.changed(**keys), split(config))
+        model = trainable_model(config.changed(**keys))
         assert {pair.weight_b.dtype for pair in lora_pairs(model)} == {adapter}
         assert lora_pairs(model)[0].module.get_base_layer().weight.dtype == torch.bfloat16
         make_adapter(config, tmp_path / "first")
         again = config.changed(adapter_name_or_path=str(tmp_path / "first"), **keys)
-        assert {pair.weight_b.dtype for pair in lora_pairs(trainable_model(again, split(again)))} == {adapter}
+        assert {pair.weight_b.dtype for pair in lora_pairs(trainable_model(again))} == {adapter}
 
     def test_layer_norms_in_float32(self, config: RunConfig):
         model = load_frozen_model(config.changed(bf16=True, upcast_layernorm=True))
@@ -246,10 +244,6 @@ class TestAdapter:
         lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
         get_peft_model(model, lora).save_pretrained(tmp_path)
         check_foldable(AutoModelForCausalLM.from_config(model.config), tmp_path)
-
-
-def split(config: RunConfig):
-    return load_split(config, load_tokenizer(config), "train")
 
 
 def make_adapter(config: RunConfig, folder: Path, seed: int = 0) -> str:
@@ -281,7 +275,7 @@ class TestSeveralAdapters:
 
     def test_all_but_the_last_are_folded_in_and_it_is_gone_on_from(self, config: RunConfig, adapters: list[str]):
         both = config.changed(adapter_name_or_path=adapters)
-        model = trainable_model(both, split(both))
+        model = trainable_model(both)
         torch.testing.assert_close(logits(model), logits(self.stacked(config, adapters)), rtol=0, atol=1e-5)
         last = load_file(Path(adapters[1]) / "adapter_model.safetensors")
         assert all(torch.equal(slot.parameter, last[slot.name]) for slot in layout(lora_pairs(model)))
@@ -289,7 +283,7 @@ class TestSeveralAdapters:
 
     def test_a_new_adapter_on_all_of_them(self, config: RunConfig, adapters: list[str]):
         new = config.changed(adapter_name_or_path=adapters, create_new_adapter=True)
-        model = trainable_model(new, split(new))
+        model = trainable_model(new)
         torch.testing.assert_close(logits(model), logits(self.stacked(config, adapters)), rtol=0, atol=1e-5)
         assert all((pair.weight_b == 0).all() for pair in lora_pairs(model))
 

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dataflex import load_config
 from dataflex.environment import first_host, slurm_variables
@@ -118,6 +118,30 @@ def test_exact_scores_under_zero_3(one, settings, repo):
     wanted, found = selection(one.parent / "x1", 3), selection(one.parent / "x2", 3)
     assert [line["row"] for line in found] == [line["row"] for line in wanted]
     np.testing.assert_allclose([line["score"] for line in found], [line["score"] for line in wanted], rtol=1e-4)
+
+
+def test_zero_3_tries_gradients_before_the_first_step(one, settings, repo, tmp_path):
+    """A model with a layer that is never called is refused; no step is taken."""
+    folder = tmp_path / "model"
+    shutil.copytree(settings["model_name_or_path"], folder)
+    (folder / "modeling_idle.py").write_text(
+        "from torch import nn\nfrom transformers import LlamaForCausalLM\n\n\n"
+        "class IdleForCausalLM(LlamaForCausalLM):\n"
+        "    def __init__(self, config):\n"
+        "        super().__init__(config)\n"
+        "        self.idle = nn.Linear(config.hidden_size, config.hidden_size, bias=False)\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    code = {"architectures": ["IdleForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_idle.IdleForCausalLM"}}
+    (folder / "config.json").write_text(json.dumps({**config, **code}))
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "idle.weight": torch.eye(64)}, folder / "model.safetensors", {"format": "pt"})
+    keys = {**settings, "model_name_or_path": folder, "trust_remote_code": "true", "lora_target": "q_proj,idle"}
+    zero = repo / "examples" / "deepspeed" / "ds_z3_config.json"
+    done = run_dataflex("warmup", tmp_path / "out", keys, "--nproc", "2", deepspeed=zero)
+    assert done.returncode == 2, done.stderr
+    assert "lora_target: idle is never called in a forward pass" in done.stderr
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_zero_3_goes_on_from_its_checkpoint(one, settings, repo):

@@ -87,9 +87,10 @@ def run_whole(command: Command) -> None:
 
 
 def run_dry(command: Command) -> None:
-    """With --dry-run, without what starts it in several processes."""
+    """With --dry-run, without what starts it in several processes; a step of theirs has a few rows."""
     words = command.words[command.words.index("dataflex") :]
-    result = CliRunner().invoke(app, [*words[1:], "--dry-run"])
+    few = ["per_device_train_batch_size=1", "gradient_accumulation_steps=1", "update_step=1", "overwrite=true"]
+    result = CliRunner().invoke(app, [*words[1:], *few, "--dry-run"])
     assert result.exit_code == 0, f"{command}\n{result.stderr}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from dataflex import processes
-from dataflex.config import MARKS, RunConfig, needed, require, values_of
-from dataflex.data.examples import Split, dated, load_split, split_names
+from dataflex.config import MARKS, RunConfig, needed, values_of
+from dataflex.data.examples import Split, dated, split_names
 from dataflex.errors import DataflexError, UsageError
-from dataflex.files import check_output_file
+from dataflex.files import check_room
 from dataflex.fingerprints import base_model_fingerprint, live_adapter_fingerprint
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
@@ -24,9 +24,12 @@ from dataflex.gradients.reference import reference_rows
 from dataflex.keys import Decides, select_keys
 from dataflex.lora import lora_pairs
 from dataflex.masking import masked
-from dataflex.model import check_vocabulary, compute_dtype, load_adapter, load_frozen_model, load_tokenizer, on_device
+from dataflex.model import compute_dtype, device, load_adapter, load_frozen_model, on_device
+from dataflex.needs import check_needs
+from dataflex.outline import note_gradient_pass, note_peak, note_store, outline
+from dataflex.planning import Plan, read_rows
 from dataflex.progress import SILENT, Interrupted, Progress
-from dataflex.projection.table import make_projector, projector_class
+from dataflex.projection.table import check_projector, make_projector, projector_class
 from dataflex.store.manifest import Manifest, check_same_work
 from dataflex.store.reader import GradientStore
 from dataflex.store.writer import StoreWriter, create_store
@@ -41,29 +44,51 @@ MANIFEST_KEYS = select_keys(
 """The keys that decide what a store holds."""
 
 
+@dataclass(frozen=True)
+class Collection:
+    """A gradient pass that is ready to begin, and the store it will fill."""
+
+    config: RunConfig
+    capture: Capture
+    split: Split
+    moments: AdamMoments | None
+    path: Path
+
+
 def grads(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Collect the gradients of `split` at `checkpoint` into the store `output`, and return its path.
 
     A store that is there already is gone on with if it came from the same things; `overwrite` starts anew.
     """
-    dataset_key = "eval_dataset" if config.split == "eval" else "dataset"
-    require(config, "grads", dataset_key)
-    if len(needed(config.checkpoint)) != 1:
-        raise UsageError(f"grads takes one checkpoint, not {len(needed(config.checkpoint))}; write a store for each")
-    if config.proj_dim is None and projector_class(config.projector).needs_dim:
-        raise UsageError("proj_dim null means exact scores without a store; use `score --exact`, or projector=none")
-    path = Path(needed(config.output))
-    check_output_file(path, overwrite=True)
+    ready = prepare_grads(config, Plan("grads"), progress)
+    return collect(ready.config, ready.capture, ready.split, config.split, ready.moments, ready.path, progress)
 
-    processes.join(config.ddp_timeout)
+
+def prepare_grads(config: RunConfig, plan: Plan, progress: Progress = SILENT) -> Collection:
+    """Find out and check everything that `grads` needs; nothing is written."""
+    check_needs(config, "grads")
+    path = Path(needed(config.output))
+    if not plan.dry_run:
+        processes.join(config.ddp_timeout)
     config = dated(config, None if config.overwrite else _kept_day(path))
     checkpoint = Path(needed(config.checkpoint)[0])
-    tokenizer = load_tokenizer(config)
-    split = load_split(config, tokenizer, config.split, progress)
+    moments = load_moments(checkpoint)
+    tokenizer, splits = read_rows(config, [config.split], plan, progress)
+    split = splits[config.split]
+    sizes = outline(config, plan, [split], checkpoint, config.grad_layers)
+    gradient_type = config.eval_gradient_type if config.split == "eval" else config.gradient_type
+    make_direction(gradient_type, config.adam_formula, moments, sizes.slots)
+    check_projector(config.projector, config.proj_dim or 0, device())
+    wanted = note_store(config, plan, sizes, [split], [path])
+    check_room(path, f"output {path}", wanted, "lower proj_dim, or choose a smaller store_dtype")
+    note_peak(plan, sizes, note_gradient_pass(config, plan, sizes, [split]))
+    plan.needs_weights(config, sizes.base)
     capture = checkpoint_capture(config, checkpoint, tokenizer.pad_token_id)
-    check_vocabulary(capture.model, split.examples, config.template)
     check_capture(capture, split.examples, progress)
-    return collect(config, capture, split, config.split, load_moments(checkpoint), path, progress)
+    if path.exists() and not config.overwrite:
+        manifest = manifest_of(config, capture, split, config.split, moments, progress, keep=not plan.dry_run)
+        check_store(path, manifest)
+    return Collection(config, capture, split, moments, path)
 
 
 def checkpoint_capture(config: RunConfig, checkpoint: Path, pad_token_id: int) -> Capture:
@@ -153,10 +178,14 @@ def manifest_of(
     split_name: str,
     moments: AdamMoments | None,
     progress: Progress = SILENT,
+    keep: bool = True,
 ) -> Manifest:
-    """The manifest of a store of the directions of `split` at the parameters of `capture`. Collective under ZeRO-3."""
+    """The manifest of a store of the directions of `split` at the parameters of `capture`. Collective under ZeRO-3.
+
+    `keep` False adds no hash of a file to the cache.
+    """
     gradient_type = config.eval_gradient_type if split_name == "eval" else config.gradient_type
-    base_model, base_facts = base_model_fingerprint(config, progress)
+    base_model, base_facts = base_model_fingerprint(config, progress, keep)
     projector = projector_class(config.projector)
     typed: dict[str, Any] = {
         "model_name_or_path": masked(config.model_name_or_path),
@@ -213,9 +242,7 @@ def _prepare_store(path: Path, manifest: Manifest, split: Split, overwrite: bool
     """Make the store, or see that the one there is a part of this same work."""
     if path.exists() and not overwrite:
         try:
-            with GradientStore(path) as store:
-                check_same_work(path, store.manifest, manifest)
-                store.require_sound()
+            check_store(path, manifest)
             return
         except UsageError:
             if not cache:
@@ -227,6 +254,13 @@ def _prepare_store(path: Path, manifest: Manifest, split: Split, overwrite: bool
         tokens=np.array([sum(label != -100 for label in example.labels[1:]) for example in split.examples]),
         subtask=subtask_names(split),
     )
+
+
+def check_store(path: Path, manifest: Manifest) -> None:
+    """Raise a UsageError unless the store in `path` is sound and a part of the work that `manifest` describes."""
+    with GradientStore(path) as store:
+        check_same_work(path, store.manifest, manifest)
+        store.require_sound()
 
 
 def subtask_names(split: Split) -> list[str] | None:

@@ -48,20 +48,20 @@ def check_gradients(
 def check_capture(capture: Capture, examples: Sequence[Example], progress: Progress = SILENT) -> None:
     """Take the gradients of two rows, forward and backward, and compare one of them with autograd's.
 
-    Says so where not all rows can share a batch. Under ZeRO-3 the model cannot run before training has begun: nothing
-    is checked.
+    Says so where not all rows can share a batch. Every process must call this. Under ZeRO-3, where the model runs only
+    inside its training, the rows' gradients are taken and not compared.
 
     Raises:
         UsageError: if the gradients of this model with this adapter cannot be taken.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in capture.model.parameters()):
-        return
     groups = groups_of(capture, examples)
     shortest = sorted(groups[-1], key=lambda index: len(examples[index].input_ids))
     rows = [examples[index] for index in shortest[:2]]
     with _naming_the_longest(rows):
-        wanted, called = _autograd_gradient(capture, rows[0])
-        found = _first_gradient(capture, rows)
+        with _noting_calls(capture) as called:
+            found = _first_gradient(capture, rows)
+        # under ZeRO-3 a backward pass of autograd's alone leaves gathered weights behind
+        wanted = found if is_shared_out(capture.model) else _autograd_gradient(capture, rows[0])
     for pair in capture.pairs:
         if _last_name(pair.name) not in called:
             raise UsageError(
@@ -82,6 +82,11 @@ def check_capture(capture: Capture, examples: Sequence[Example], progress: Progr
             f"rows share a batch within {len(groups)} ranges of length only: this model's forward pass depends on the "
             "padded length"
         )
+
+
+def is_shared_out(model: torch.nn.Module) -> bool:
+    """Whether ZeRO-3 has shared out the weights of `model`."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 def groups_of(capture: Capture, examples: Sequence[Example]) -> list[list[int]]:
@@ -213,21 +218,28 @@ def _first_gradient(capture: Capture, rows: list[Example]) -> torch.Tensor:
     return flat
 
 
-def _autograd_gradient(capture: Capture, row: Example) -> tuple[torch.Tensor, set[str]]:
-    """One row's flat gradient [P] as training has it, and the last names of the adapted modules that were called."""
-    parameters, called = [slot.parameter for slot in capture.slots], set()
+@contextlib.contextmanager
+def _noting_calls(capture: Capture) -> Iterator[set[str]]:
+    """The last names of the adapted modules that are called while the block runs."""
+    called: set[str] = set()
     names = {pair.module: _last_name(pair.name) for pair in capture.pairs}
     hooks = [module.register_forward_hook(lambda module, *_: called.add(names[module])) for module in names]
     try:
-        with capture.running(), torch.enable_grad():
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            loss = row_losses(capture.model, *capture.inputs([row]), whole_losses).loss.sum()
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        yield called
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.cat([gradient.flatten().float() for gradient in gradients]), called
+
+
+def _autograd_gradient(capture: Capture, row: Example) -> torch.Tensor:
+    """One row's flat gradient [P] as training has it."""
+    parameters = [slot.parameter for slot in capture.slots]
+    with capture.running(), torch.enable_grad():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        loss = row_losses(capture.model, *capture.inputs([row]), whole_losses).loss.sum()
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten().float() for gradient in gradients])
 
 
 def _last_name(name: str) -> str:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataflex import processes
-from dataflex.config import RunConfig, needed, require
-from dataflex.data.examples import dated, load_split
-from dataflex.errors import UsageError
-from dataflex.files import check_output_file
+from dataflex.config import RunConfig, needed
+from dataflex.data.examples import Split, dated
+from dataflex.gradients.capture import Capture
 from dataflex.gradients.collect import checkpoint_capture, manifest_of
 from dataflex.gradients.direction import make_direction
+from dataflex.gradients.probe import check_capture
 from dataflex.gradients.reference import reference_rows
 from dataflex.influence.exact import exact_cosines
+from dataflex.influence.pairs import open_weighted
 from dataflex.influence.scores import Scores, influence, parse_weights, scores_of, settle, write_scores
 from dataflex.influence.sidecar import write_with_manifest
-from dataflex.influence.stored import open_pairs, stored_cosines
-from dataflex.model import check_vocabulary, load_tokenizer
+from dataflex.influence.stored import stored_cosines
+from dataflex.needs import check_needs
+from dataflex.outline import outline
+from dataflex.planning import Plan, read_rows
 from dataflex.progress import SILENT, Progress
 from dataflex.store.reader import GradientStore
-from dataflex.training.moments import load_moments
+from dataflex.training.moments import AdamMoments, load_moments
 
 
 def score(config: RunConfig, progress: Progress = SILENT) -> Path:
@@ -31,11 +35,12 @@ def score(config: RunConfig, progress: Progress = SILENT) -> Path:
     With `exact` the gradients are taken here, at each of `checkpoint`; else they come from
     `train_stores` and `eval_stores`, paired in order.
     """
-    require(config, "score")
-    path = check_output_file(needed(config.output), config.overwrite)
-    if config.exact and (config.train_stores or config.eval_stores):
-        raise UsageError("exact scores need no stores; give either --exact with --checkpoint, or --train and --eval")
-    scores, came_from = _exact_scores(config, progress) if config.exact else _stored_scores(config, progress)
+    ready = prepare_score(config, Plan("score"), progress)
+    path = Path(needed(config.output))
+    if isinstance(ready, StoredScoring):
+        scores, came_from = _stored_scores(config, ready, progress)
+    else:
+        scores, came_from = _exact_scores(ready, progress)
     skipped = int(np.isnan(scores.score).sum())
     if skipped:
         progress.say(f"{skipped} of {len(scores.row)} rows have no gradient that can be scored; they are left out")
@@ -48,15 +53,60 @@ def score(config: RunConfig, progress: Progress = SILENT) -> Path:
     return path
 
 
-def _stored_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[str, Any]]:
-    require(config, "score", "train_stores", "eval_stores")
-    pairs = open_pairs(needed(config.train_stores), needed(config.eval_stores))
-    weights = parse_weights(config.weights, [train.manifest.learning_rate or 0.0 for train, _ in pairs])
+@dataclass(frozen=True)
+class StoredScoring:
+    """Stores that can be scored."""
+
+    pairs: list[tuple[GradientStore, GradientStore]]
+    """The training and the validation store of each checkpoint."""
+    weights: list[float]
+
+
+@dataclass(frozen=True)
+class ExactScoring:
+    """Rows and checkpoints that can be scored."""
+
+    config: RunConfig
+    first: Capture
+    """At the first checkpoint."""
+    train: Split
+    validation: Split
+    moments: list[AdamMoments | None]
+    """Of each checkpoint."""
+    weights: list[float]
+
+
+def prepare_score(config: RunConfig, plan: Plan, progress: Progress = SILENT) -> StoredScoring | ExactScoring:
+    """Find out and check everything that `score` needs; nothing is written."""
+    check_needs(config, "score")
+    return _prepare_exact(config, plan, progress) if config.exact else StoredScoring(*open_weighted(config))
+
+
+def _prepare_exact(config: RunConfig, plan: Plan, progress: Progress) -> ExactScoring:
+    if not plan.dry_run:
+        processes.join(config.ddp_timeout)
+    checkpoints = [Path(checkpoint) for checkpoint in needed(config.checkpoint)]
+    moments = [load_moments(checkpoint) for checkpoint in checkpoints]
+    rates = [held.learning_rate if held else config.learning_rate for held in moments]
+    weights = parse_weights(config.weights, rates)
+    config = dated(config)
+    tokenizer, splits = read_rows(config, ["train", "eval"], plan, progress)
+    sizes = [outline(config, plan, splits.values(), checkpoint, config.grad_layers) for checkpoint in checkpoints]
+    for held, of_checkpoint in zip(moments, sizes, strict=True):
+        for gradient_type in (config.gradient_type, config.eval_gradient_type):
+            make_direction(gradient_type, config.adam_formula, held, of_checkpoint.slots)
+    plan.needs_weights(config, sizes[0].base)
+    first = checkpoint_capture(config, checkpoints[0], tokenizer.pad_token_id)
+    check_capture(first, splits["train"].examples, progress)
+    return ExactScoring(config, first, splits["train"], splits["eval"], moments, weights)
+
+
+def _stored_scores(config: RunConfig, ready: StoredScoring, progress: Progress) -> tuple[Scores, dict[str, Any]]:
+    pairs, weights = ready.pairs, ready.weights
     scratch = Path(needed(config.output)).parent
     cosines: list[np.ndarray] = []
     labels: list[str] = []
     for ours, theirs in pairs:
-        _check_contrast(ours, config)
         labels, values = stored_cosines(
             ours, theirs, progress, per_row=config.per_row, contrast=config.contrast != 0, scratch=scratch
         )
@@ -75,34 +125,17 @@ def _stored_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[
     return Scores(train.row, total, by_subtask, train.dataset), came_from
 
 
-def _check_contrast(train: GradientStore, config: RunConfig) -> None:
-    """Raise a UsageError where a store sums other reference rows than `contrast` names."""
-    collected = train.manifest.settings.get("contrast", 0)
-    if config.contrast and collected and collected != config.contrast:
-        raise UsageError(
-            f"{train.path} was collected with contrast {collected}, not {config.contrast}; score with "
-            f"contrast={collected}, or collect the training rows again"
-        )
-
-
-def _exact_scores(config: RunConfig, progress: Progress) -> tuple[Scores, dict[str, Any]]:
-    require(config, "score --exact", "model_name_or_path", "dataset", "eval_dataset", "checkpoint")
-    processes.join(config.ddp_timeout)
-    checkpoints = [Path(checkpoint) for checkpoint in needed(config.checkpoint)]
-    moments = [load_moments(checkpoint) for checkpoint in checkpoints]
-    rates = [held.learning_rate if held else config.learning_rate for held in moments]
-    weights = parse_weights(config.weights, rates)
-    config = dated(config)
-    tokenizer = load_tokenizer(config)
-    splits = [load_split(config, tokenizer, split, progress) for split in ("train", "eval")]
+def _exact_scores(ready: ExactScoring, progress: Progress) -> tuple[Scores, dict[str, Any]]:
+    config, splits, weights = ready.config, (ready.train, ready.validation), ready.weights
     train, validation = (split.examples for split in splits)
     made: list[dict[str, Any]] = []
     labels: list[str] = []
     cosines: list[np.ndarray] = []
     path = Path(needed(config.output))
-    for checkpoint, held in zip(checkpoints, moments, strict=True):
-        capture = checkpoint_capture(config, checkpoint, tokenizer.pad_token_id)
-        check_vocabulary(capture.model, [*train, *validation], config.template)
+    for index, (checkpoint, held) in enumerate(zip(needed(config.checkpoint), ready.moments, strict=True)):
+        capture = ready.first
+        if index > 0:
+            capture = checkpoint_capture(config, Path(checkpoint), ready.first.pad_token_id)
         train_direction, validation_direction = (
             make_direction(kind, config.adam_formula, held, capture.slots, config.marginal)
             for kind in (config.gradient_type, config.eval_gradient_type)

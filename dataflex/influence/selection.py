@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from dataflex.config import RunConfig, needed, require
+from dataflex.config import RunConfig, needed
 from dataflex.data.catalog import find_sources
 from dataflex.data.records import data_hash, read_records
 from dataflex.data.subset import subset_records
 from dataflex.errors import UsageError
-from dataflex.files import check_output_file, sha256_of, write_jsonl
+from dataflex.files import json_lines, sha256_of, write_text
 from dataflex.influence.scores import Scores, ranking, read_scores
 from dataflex.influence.sidecar import read_manifest, write_with_manifest
+from dataflex.needs import check_needs
+from dataflex.planning import Plan
 from dataflex.progress import SILENT, Progress
 
 
@@ -46,13 +50,35 @@ def choose(
     return order[:wanted]
 
 
+@dataclass(frozen=True)
+class Subset:
+    """Records that are ready to be written."""
+
+    lines: list[str]
+    """A record each, best first."""
+    scores: np.ndarray
+    """Of the records."""
+    scored: int
+    """Rows that had a score."""
+    came_from: dict[str, Any]
+
+
 def select(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Write the best rows of `data`, as they stand in their source, into the subset `output`; return its path."""
-    require(config, "select")
-    if not (config.data or config.dataset):
-        require(config, "select", "data")
+    subset = prepare_select(config, Plan("select"), progress)
+    path, lines = Path(needed(config.output)), subset.lines
+    write_with_manifest(path, lambda: write_text(path, "".join(lines)), len(lines), subset.came_from)
+    progress.say(
+        f"{len(lines)} of {subset.scored} scored rows selected, "
+        f"scores {subset.scores[-1]:.4g} to {subset.scores[0]:.4g}"
+    )
+    return path
+
+
+def prepare_select(config: RunConfig, plan: Plan, progress: Progress = SILENT) -> Subset:
+    """Find out and check everything that `select` needs, and choose the rows; nothing is written."""
+    check_needs(config, "select")
     names = config.data or needed(config.dataset)
-    path = check_output_file(needed(config.output), config.overwrite)
     scores = read_scores(needed(config.scores))
     chosen = choose(scores, top=config.top, count=config.count, threshold=config.threshold)
 
@@ -81,9 +107,4 @@ def select(config: RunConfig, progress: Progress = SILENT) -> Path:
         "files": files,
         "scores": manifest or {"sha256": sha256_of(needed(config.scores))},
     }
-    write_with_manifest(path, lambda: write_jsonl(path, records), len(records), came_from)
-    progress.say(
-        f"{len(records)} of {len(scores.row)} scored rows selected, "
-        f"scores {scores.score[chosen[-1]]:.4g} to {scores.score[chosen[0]]:.4g}"
-    )
-    return path
+    return Subset(list(json_lines(needed(config.output), records)), scores.score[chosen], len(scores.row), came_from)

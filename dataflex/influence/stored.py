@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from dataflex.errors import UsageError
 from dataflex.files import scratch_array
 from dataflex.influence.scores import ONE_SUBTASK, check_subtasks
 from dataflex.progress import SILENT, Progress
-from dataflex.store.reader import GradientStore, open_store
+from dataflex.store.reader import GradientStore
 
 STRIPE_ROWS = 4096  # the work of a thread between two signs of progress
 
@@ -105,59 +105,3 @@ def _means_of(validation: GradientStore) -> tuple[list[str], np.ndarray]:
             of_subtask = good[span] & (labels[span] == name)
             sums[index] += (rows[of_subtask] / lengths[of_subtask, None]).sum(axis=0, dtype=np.float64)
     return names, (sums / counts[:, None]).astype(np.float32)
-
-
-def open_pairs(
-    train: Sequence[str | Path], validation: Sequence[str | Path]
-) -> list[tuple[GradientStore, GradientStore]]:
-    """The stores of each checkpoint, checked to be whole and comparable.
-
-    Raises:
-        UsageError: naming the stores and what is wrong: training and validation stores are swapped or mixed, the
-            projection or the parameters differ within a pair, the rows or the direction between checkpoints.
-    """
-    if len(train) != len(validation):
-        raise UsageError(
-            f"{len(train)} training stores and {len(validation)} validation stores; "
-            "give one of each per checkpoint, in order"
-        )
-    pairs = [(open_store(first), open_store(second)) for first, second in zip(train, validation, strict=True)]
-    for ours, theirs in pairs:
-        ours.require_sound()
-        theirs.require_sound()
-        _check_role(ours, "train", "--train")
-        _check_role(theirs, "eval", "--eval")
-        differing = ours.manifest.space_differences(theirs.manifest)
-        if differing:
-            raise UsageError(f"{ours.path} and {theirs.path} cannot be compared, they differ in {', '.join(differing)}")
-        ours.require_whole()
-        theirs.require_whole()
-    first, first_validation = pairs[0]
-    for ours, theirs in pairs[1:]:
-        for one, other in ((first, ours), (first_validation, theirs)):
-            _check_same_rows(one, other)
-    return pairs
-
-
-def _check_role(store: GradientStore, split: str, option: str) -> None:
-    """Raise a UsageError unless a store holds the split that `option` asks for; one that another program made may
-    not say."""
-    found = store.manifest.split
-    if found not in (None, split):
-        raise UsageError(
-            f"{option} {store.path} holds the gradients of {found} rows, not of {split} rows; did you swap them? "
-            f"`dataflex grads --split {split}` writes the store that {option} takes"
-        )
-
-
-def _check_same_rows(one: GradientStore, other: GradientStore) -> None:
-    """Raise a UsageError unless two stores hold the same rows and the same kind of direction."""
-    if one.manifest.data != other.manifest.data or not np.array_equal(one.row, other.row):
-        raise UsageError(f"{one.path} and {other.path} hold different rows; collect both from the same data")
-    for name in ("gradient_type", "adam_formula"):
-        before, after = one.manifest[name], other.manifest[name]
-        if before != after:
-            raise UsageError(
-                f"{one.path} and {other.path} hold different directions, {name} {before} and {after}; "
-                "scores of several checkpoints need the same one at each"
-            )

@@ -12,8 +12,6 @@ from dataflex.projection.protocol import NamedProjector
 class Identity(NamedProjector):
     """No projection: k = P. Exact, and as large as the adapter for every row."""
 
-    needs_dim = False
-
     def __init__(self, parameters: int) -> None:
         self.dim = parameters
 

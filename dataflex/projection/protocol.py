@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol, Self
+from typing import Protocol, Self
 
 import torch
 
@@ -24,8 +24,6 @@ class Projector(Protocol):
 class NamedProjector(ABC):
     """A Projector that the key `projector` can name."""
 
-    needs_dim: ClassVar[bool] = True
-    """Whether proj_dim decides k."""
     dim: int
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dataflex.errors import UsageError
@@ -12,11 +13,22 @@ if TYPE_CHECKING:
 
     from dataflex.projection.protocol import NamedProjector
 
+
+@dataclass(frozen=True)
+class ProjectorEntry(Named):
+    """A projector of the table."""
+
+    needs_dim: bool = True
+    """Whether proj_dim decides k."""
+
+
 PROJECTORS = {
-    "sketch": Named("dataflex.projection.sketch:Sketch", "sparse, one pass over the gradient"),
-    "rademacher": Named("dataflex.projection.rademacher:Rademacher", "dense random signs, slow on a CPU"),
-    "fast_jl": Named("dataflex.projection.fast_jl:FastJl", "dense random signs on CUDA, by the package of that name"),
-    "none": Named("dataflex.projection.identity:Identity", "keep the full gradient"),
+    "sketch": ProjectorEntry("dataflex.projection.sketch:Sketch", "sparse, one pass over the gradient"),
+    "rademacher": ProjectorEntry("dataflex.projection.rademacher:Rademacher", "dense random signs, slow on a CPU"),
+    "fast_jl": ProjectorEntry(
+        "dataflex.projection.fast_jl:FastJl", "dense random signs on CUDA, by the package of that name"
+    ),
+    "none": ProjectorEntry("dataflex.projection.identity:Identity", "keep the full gradient", needs_dim=False),
 }
 
 

@@ -15,8 +15,9 @@ from dataflex.gradients.collect import collect
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.reference import reference_rows
 from dataflex.influence.exact import exact_cosines
+from dataflex.influence.pairs import open_pairs
 from dataflex.influence.scores import Scores, influence, normalise_weights, settle
-from dataflex.influence.stored import open_pairs, stored_cosines
+from dataflex.influence.stored import stored_cosines
 from dataflex.selectors.protocol import Situation
 
 

@@ -6,16 +6,24 @@ A key of the same name in both goes through as it stands; here is what has anoth
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
 import os
 import re
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from dataflex.config import RunConfig
 from dataflex.environment import check_back_doors, without_back_doors
 from dataflex.errors import UsageError
+from dataflex.named import suggestion
+
+_SCHEDULERS_OWN = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+"""Parameters of transformers' schedule functions that the trainer sets."""
 
 KNOWN = {field.name for field in dataclasses.fields(TrainingArguments)}
 
@@ -60,6 +68,40 @@ def training_arguments(config: RunConfig, total_steps: int) -> TrainingArguments
     if config.logging_dir is not None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = config.logging_dir  # where transformers 5 looks for it
     return arguments
+
+
+def check_schedule(config: RunConfig) -> None:
+    """Raise a UsageError where lr_scheduler_kwargs has a name or a value that transformers' schedule does not take."""
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+
+    given = config.lr_scheduler_kwargs or {}
+    if not given:
+        return
+    kind = SchedulerType(config.lr_scheduler_type)
+    functions: dict[SchedulerType, Any] = TYPE_TO_SCHEDULER_FUNCTION
+    function = functions[kind] if kind != SchedulerType.REDUCE_ON_PLATEAU else ReduceLROnPlateau
+    taken = [name for name in inspect.signature(function).parameters if name not in _SCHEDULERS_OWN]
+    unknown = [name for name in given if name not in taken]
+    if unknown:
+        raise UsageError(
+            f"lr_scheduler_kwargs: the schedule {kind.value} has no {', '.join(map(str, unknown))}; "
+            f"it takes {', '.join(taken) or 'no arguments'}{suggestion(str(unknown[0]), taken)}"
+        )
+    steps = 100  # enough for a schedule's parts to be reached
+    try:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedule = get_scheduler(kind, optimizer, steps // 10, steps, given)
+        for _ in range(steps):
+            optimizer.step()
+            schedule.step(*([0.0] if kind == SchedulerType.REDUCE_ON_PLATEAU else []))
+            if not math.isfinite(optimizer.param_groups[0]["lr"]):
+                raise ValueError("the learning rate is not finite")
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        values = ", ".join(f"{name} {value!r}" for name, value in given.items())
+        raise UsageError(
+            f"lr_scheduler_kwargs: the schedule {kind.value} does not take {values} "
+            f"({str(error).strip().splitlines()[0]}); see {function.__name__} in transformers"
+        ) from error
 
 
 def _own_settings(config: RunConfig) -> dict[str, str]:

@@ -12,11 +12,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from dataflex.errors import UsageError, reason_of
-from dataflex.lora import Slot
+
+if TYPE_CHECKING:
+    import torch
+
+    from dataflex.lora import Slot
 
 FILE_NAME = "moments.safetensors"
 
@@ -77,6 +80,8 @@ def _steps_of(optimizer: torch.optim.Optimizer, slot: Slot) -> int:
 
 
 def _state_of(optimizer: torch.optim.Optimizer, slot: Slot, key: str, step: int) -> torch.Tensor:
+    import torch
+
     parameter = slot.parameter
     if step == 0:  # no optimizer has made its state yet
         held = None

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import write_text
 from dataflex.training.checkpoints import (
@@ -83,6 +81,8 @@ def check_loaded(checkpoint: Path, step: int, moments: AdamMoments, learning_rat
         moments: the optimizer's.
         learning_rates: of the next step, by everyone who should know it: optimizer and scheduler.
     """
+    import torch
+
     wanted = load_moments(checkpoint)
     rate = read_contents(checkpoint).next_learning_rate
     problem = None
@@ -107,6 +107,8 @@ def check_loaded(checkpoint: Path, step: int, moments: AdamMoments, learning_rat
 def no_code_from_disk(deepspeed: bool) -> Iterator[None]:
     """While the block runs, `torch.load` reads tensors and plain values, whatever its caller asks for: a pickle that
     names anything else is refused. DeepSpeed asks for more; its checkpoints hold a few records of its own beside."""
+    import torch
+
     records: list[Any] = []
     if deepspeed:
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler

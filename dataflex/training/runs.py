@@ -1,6 +1,6 @@
 """What every training command does around its steps, and the `warmup` and `train` commands themselves.
 
-A run is loaded and checked first (`load_run`, which writes nothing), then begun (`begin`, the first write), trained
+A run is prepared first (`prepare_training`, which writes nothing), then begun (`begin`, the first write), trained
 (`train_run`) and finished (`finish`).
 """
 
@@ -8,37 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from dataflex import processes
-from dataflex.config import RunConfig, needed, require
-from dataflex.data.examples import Split, dated, load_split
-from dataflex.files import check_output_dir
+from dataflex.config import RunConfig, needed
+from dataflex.cost import training_memory
+from dataflex.data.examples import Split, dated
+from dataflex.files import check_room
 from dataflex.fingerprints import adapter_fingerprint, base_model_fingerprint
-from dataflex.gradients.probe import check_gradients
-from dataflex.model import (
-    add_lora,
-    check_vocabulary,
-    compute_dtype,
-    load_adapter,
-    load_frozen_model,
-    load_tokenizer,
-    on_device,
-)
+from dataflex.gradients.probe import check_gradients, is_shared_out
+from dataflex.model import add_lora, compute_dtype, load_adapter, load_frozen_model, on_device
+from dataflex.needs import check_needs
 from dataflex.origin import Origin, origin
+from dataflex.outline import Outline, longest_of, note_peak, outline
+from dataflex.planning import Plan, read_rows
 from dataflex.progress import SILENT, Progress
 from dataflex.provenance import RunRecord, Stopwatch, find_record, open_record, read_record, was_begun
-from dataflex.training.arguments import training_arguments
+from dataflex.training.arguments import check_schedule, training_arguments
 from dataflex.training.checkpoints import step_of
-from dataflex.training.method import draws_random_numbers, method_of_arguments
+from dataflex.training.method import draws_random_numbers, method_of
+from dataflex.training.moments import AdamMoments
 from dataflex.training.plots import plot_loss
-from dataflex.training.resume import check_method, check_resume, forget_later, last_checkpoint
+from dataflex.training.resume import check_method, forget_later, last_checkpoint
 from dataflex.training.schedule import random_rows, training_steps, warmup_steps
 from dataflex.training.trainer import BeforeStep, RowsOf, fit
 
@@ -48,7 +46,8 @@ class Run:
     """A training that is ready to begin."""
 
     config: RunConfig
-    came_from: Origin
+    came_from: Origin | None
+    """None in a dry run of a run that has not begun."""
     args: TrainingArguments
     tokenizer: Any
     model: torch.nn.Module
@@ -57,71 +56,144 @@ class Run:
     watch: Stopwatch
     progress: Progress
 
+    @property
+    def is_shared_out(self) -> bool:
+        """Whether ZeRO-3 has shared out the model, which then runs only inside its training."""
+        return is_shared_out(self.model)
+
+    def check_gradients(self) -> None:
+        """Raise a UsageError if gradients of single rows cannot be taken of the model."""
+        dtype, pad_token_id = compute_dtype(self.config), self.tokenizer.pad_token_id
+        check_gradients(self.model, dtype, pad_token_id, self.train.examples, self.progress)
+
 
 def warmup(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Train for `warmup_step` steps (or `max_steps`) on random rows; return the last checkpoint's folder."""
-    steps = warmup_steps(config)
-    _train_on_random_rows(config, "warmup", progress, lambda split: steps)
-    return Path(needed(config.output_dir)) / f"checkpoint-{steps}"
+    run = prepare_warmup(config, Plan("warmup"), progress)
+    if run is not None:
+        _train_on_random_rows(run)
+    return Path(needed(config.output_dir)) / f"checkpoint-{warmup_steps(config)}"
 
 
 def train(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Train for `num_train_epochs` passes over `dataset` (or `max_steps`); return `output_dir`."""
-    _train_on_random_rows(config, "train", progress, lambda split: training_steps(config, len(split.examples)))
+    run = prepare_train(config, Plan("train"), progress)
+    if run is not None:
+        _train_on_random_rows(run)
     return Path(needed(config.output_dir))
 
 
-def _train_on_random_rows(
-    config: RunConfig, command: str, progress: Progress, steps_over: Callable[[Split], int]
-) -> None:
-    require(config, command)
-    run = load_run(config, command, progress, steps_over, selects=False)
-    if run is None:
-        return
-    count, per_step = len(run.train.examples), config.rows_per_step
+def _train_on_random_rows(run: Run) -> None:
+    count, per_step, seed = len(run.train.examples), run.config.rows_per_step, run.config.seed
     with begin(run) as record:
         history = train_run(
             run,
             steps_per_epoch=-(-count // per_step),
-            rows_of=lambda step: random_rows(step, per_step, count, config.seed),
+            rows_of=lambda step: random_rows(step, per_step, count, seed),
         )
         finish(run, record, history, rows=count)
 
 
-def load_run(
-    config: RunConfig, command: str, progress: Progress, steps_over: Callable[[Split], int], selects: bool
+def prepare_warmup(config: RunConfig, plan: Plan, progress: Progress = SILENT) -> Run | None:
+    """`prepare_training` for `warmup`."""
+    check_needs(config, "warmup")
+    plan.schedule = {"steps": warmup_steps(config), "rows_per_step": config.rows_per_step}
+    return prepare_training(config, plan, progress, lambda split: warmup_steps(config))
+
+
+def prepare_train(config: RunConfig, plan: Plan, progress: Progress = SILENT) -> Run | None:
+    """`prepare_training` for `train`."""
+    check_needs(config, "train")
+    plan.schedule = {"rows_per_step": config.rows_per_step}
+
+    def steps_over(split: Split) -> int:
+        steps = training_steps(config, len(split.examples))
+        plan.schedule = {"steps": steps, "rows_per_step": config.rows_per_step}
+        return steps
+
+    return prepare_training(config, plan, progress, steps_over)
+
+
+def prepare_training(
+    config: RunConfig,
+    plan: Plan,
+    progress: Progress,
+    steps_over: Callable[[Split], int],
+    note: Callable[[Outline, Sequence[Split]], list[int]] | None = None,
 ) -> Run | None:
-    """Load and check everything that a training needs, and write nothing. None, and said, where it is finished.
+    """Find out and check everything that a training needs, and write nothing. None, and said, where it is finished.
 
     Args:
         steps_over: how many optimizer steps to take over the training rows; may refuse them.
-        selects: whether rows are selected for the validation rows, so that the result depends on them; else they are
-            read where `eval_strategy` asks for it.
+        note: checks and notes the gradient passes of a run that selects rows for the validation rows, so that its
+            result depends on them, and returns the bytes at their peaks. Without it the validation rows are read where
+            `eval_strategy` asks for them.
     """
-    check_run_folder(config)
-    processes.join(config.ddp_timeout, config.deepspeed is not None)
+    check_schedule(config)
+    if not plan.dry_run:
+        processes.join(config.ddp_timeout, config.deepspeed is not None)
     config = dated_run(config)
     watch = Stopwatch()
+    selects = note is not None
     with watch.phase("data"):
-        tokenizer = load_tokenizer(config)
-        split = load_split(config, tokenizer, "train", progress)
-        validation = (
-            load_split(config, tokenizer, "eval", progress) if selects or config.eval_strategy != "no" else None
-        )
+        names: list[Literal["train", "eval"]] = ["train"]
+        if selects or config.eval_strategy != "no":
+            names.append("eval")
+        tokenizer, splits = read_rows(config, names, plan, progress)
+    split, validation = splits["train"], splits.get("eval")
     steps = steps_over(split)
-    came_from = origin_of(config, command, split, validation if selects else None, progress)
-    if already_finished(config, came_from, progress):
-        return None
-    args = training_arguments(config, steps)
-    checkpoint = None if _afresh(config) else last_checkpoint(Path(needed(config.output_dir)))
+    came_from = None
+    if not plan.dry_run or was_begun(Path(needed(config.output_dir))):  # else a dry run has nothing to compare it with
+        keep = not plan.dry_run
+        came_from = origin_of(config, plan.command, split, validation if selects else None, progress, keep)
+        if already_finished(config, came_from, progress):
+            return None
+    layers = config.grad_layers if selects else None
+    sizes = outline(config, plan, splits.values(), config.resumed_adapter, layers)
+    peaks = note(sizes, list(splits.values())) if note is not None else []
+    _check_room_for(config, sizes, steps)
+    note_peak(plan, sizes, [*peaks, *_training_peak(config, sizes, splits.values())])
+    args = training_arguments(config.model_copy(update={"deepspeed": None}) if plan.dry_run else config, steps)
+    checkpoint = None if config.starts_afresh else last_checkpoint(Path(needed(config.output_dir)))
     if checkpoint is not None:
-        check_method(checkpoint, method_of_arguments(args), lambda: draws_random_numbers(config))
+        check_method(checkpoint, method_of(config), lambda: draws_random_numbers(config))
+    plan.needs_weights(config, sizes.base)
     with watch.phase("model"):
-        model = trainable_model(config, split)
-        if validation is not None:
-            check_vocabulary(model, validation.examples, config.template)
-        check_gradients(model, compute_dtype(config), tokenizer.pad_token_id, split.examples, progress)
-    return Run(config, came_from, args, tokenizer, model, split, validation, watch, progress)
+        model = trainable_model(config)
+        run = Run(config, came_from, args, tokenizer, model, split, validation, watch, progress)
+        if not run.is_shared_out:
+            run.check_gradients()
+    return run
+
+
+def _check_room_for(config: RunConfig, sizes: Outline, steps: int) -> None:
+    """Raise a UsageError where the disk of `output_dir` has no room for the checkpoints of a run of `steps` steps.
+
+    A checkpoint holds each LoRA tensor and both its moments in float32, and the moments once more where it can be
+    resumed; one more than are kept is there while a new one is written.
+    """
+    folder = Path(needed(config.output_dir))
+    every = steps if config.save_strategy != "steps" else _whole_steps(config.save_steps, steps)
+    written = -(-steps // every)
+    kept = min(written, (config.save_total_limit or written) + 1)
+    copies = 1 + 2 + (0 if config.save_only_model else 2)
+    there = sum(512 * path.stat().st_blocks for path in folder.glob("checkpoint-*/*"))
+    wanted = (kept * copies + 1) * 4 * sizes.adapter  # and the adapter in output_dir itself
+    check_room(folder / "run.json", f"output_dir {folder}", wanted - there, "lower save_total_limit, or set one")
+
+
+def _whole_steps(value: float, steps: int) -> int:
+    """A number of steps, or a share of them below 1, as Trainer rounds it."""
+    return max(1, math.ceil(value * steps) if value < 1 else int(value))
+
+
+def _training_peak(config: RunConfig, sizes: Outline, splits: Iterable[Split]) -> list[int]:
+    """The bytes at the peak of a training step; none where the model does not say its layers' sizes."""
+    if sizes.shape is None:
+        return []
+    checkpointing = config.gradient_checkpointing and not config.disable_gradient_checkpointing
+    tokens = config.per_device_train_batch_size * longest_of(splits)
+    return [training_memory(sizes.shape, tokens, checkpointing)]
 
 
 @contextlib.contextmanager
@@ -131,7 +203,7 @@ def begin(run: Run) -> Iterator[RunRecord]:
     The first thing a run writes; whatever can be wrong with its configuration has shown by now. Other runs are kept
     out of the folder until the block ends.
     """
-    with open_record(run.config, run.came_from) as record:
+    with open_record(run.config, needed(run.came_from)) as record:
         if processes.rank() == 0:
             output_dir = Path(needed(run.config.output_dir))
             step = step_of(last_checkpoint(output_dir))
@@ -139,7 +211,7 @@ def begin(run: Run) -> Iterator[RunRecord]:
             if step:
                 run.progress.say(f"{output_dir}: going on from step {step}")
         processes.barrier()
-        record.note(method=asdict(method_of_arguments(run.args)))
+        record.note(method=asdict(method_of(run.config)))
         yield record
 
 
@@ -151,7 +223,17 @@ def train_run(
     before_step: BeforeStep = lambda step, moments: None,
     save_at: Collection[int] = (),
 ) -> list[dict[str, Any]]:
-    """Take the run's steps and return the log history. Arguments as for `fit`."""
+    """Take the run's steps and return the log history. Arguments as for `fit`.
+
+    Under ZeRO-3 the gradients are tried here, before the first step.
+    """
+    untried = [run.check_gradients] if run.is_shared_out else []
+
+    def prepare_step(step: int, moments: Callable[[], AdamMoments]) -> None:
+        while untried:
+            untried.pop()()
+        before_step(step, moments)
+
     with run.watch.phase("training"):
         return fit(
             run.config,
@@ -161,7 +243,7 @@ def train_run(
             run.train.examples,
             steps_per_epoch=steps_per_epoch,
             rows_of=rows_of,
-            before_step=before_step,
+            before_step=prepare_step,
             progress=run.progress,
             eval_examples=run.validation.examples if run.validation else None,
             save_at=save_at,
@@ -182,45 +264,35 @@ def finish(
     processes.barrier()
 
 
-def _afresh(config: RunConfig) -> bool:
-    return config.overwrite or config.overwrite_output_dir
-
-
-def check_run_folder(config: RunConfig) -> None:
-    """Raise a UsageError unless `output_dir` is new, holds a run that may go on, or may be overwritten."""
-    folder = Path(needed(config.output_dir))
-    check_output_dir(folder, "output_dir", was_begun(folder) or _afresh(config))
-    if _afresh(config):
-        return
-    check_resume(config.resume_from_checkpoint, folder)
-    record = read_record(folder)
-    if record is not None and not record.finished:
-        last_checkpoint(folder)
-
-
 def dated_run(config: RunConfig) -> RunConfig:
     """`config` with the day that dated prompts tell: a run that is taken up again keeps the day on which it began,
     and all processes have the first one's."""
-    record = None if _afresh(config) else read_record(Path(needed(config.output_dir)))
+    record = None if config.starts_afresh else read_record(Path(needed(config.output_dir)))
     day = record.facts.get("prompt_date") if record else None
     return dated(config, processes.broadcast(day or str(datetime.date.today())))
 
 
 def origin_of(
-    config: RunConfig, command: str, split: Split, validation: Split | None, progress: Progress = SILENT
+    config: RunConfig,
+    command: str,
+    split: Split,
+    validation: Split | None,
+    progress: Progress = SILENT,
+    keep: bool = True,
 ) -> Origin:
     """What this run comes from; another origin is another run.
 
     Args:
         validation: the rows that the result depends on: those that `dynamic` aims at.
+        keep: add the hashes of files that are read to the cache.
     """
-    base_model, base_facts = base_model_fingerprint(config, progress)
+    base_model, base_facts = base_model_fingerprint(config, progress, keep)
     adapter = config.resumed_adapter
     content = {
         "dataset": split.fingerprint,
         "eval_dataset": validation.fingerprint if validation else None,
         "base_model": base_model,
-        "adapter": adapter_fingerprint(adapter) if adapter is not None else None,
+        "adapter": adapter_fingerprint(adapter, keep) if adapter is not None else None,
     }
     facts = {
         "dataset": split.facts,
@@ -240,10 +312,9 @@ def already_finished(config: RunConfig, came_from: Origin, progress: Progress) -
     return True
 
 
-def trainable_model(config: RunConfig, split: Split) -> torch.nn.Module:
+def trainable_model(config: RunConfig) -> torch.nn.Module:
     """The base model on its device with a fresh adapter, or with the one to go on from."""
     frozen = load_frozen_model(config)
-    check_vocabulary(frozen, split.examples, config.template)
     if config.resumed_adapter is None:
         return on_device(add_lora(frozen, config))
     return on_device(load_adapter(frozen, config.resumed_adapter, config))

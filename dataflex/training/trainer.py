@@ -30,7 +30,7 @@ from dataflex.lora import layout, lora_pairs
 from dataflex.model_card import SavedAdapters, describe_adapter
 from dataflex.progress import Interrupted, Progress, Task
 from dataflex.training.checkpoints import keep_newest, newest_sealed, seal, step_of, way_out
-from dataflex.training.method import TrainingMethod, method_of_accelerator, method_of_arguments
+from dataflex.training.method import TrainingMethod, method_of, method_of_accelerator
 from dataflex.training.moments import AdamMoments, live_moments, load_moments
 from dataflex.training.resume import check_loaded, last_checkpoint, no_code_from_disk
 
@@ -215,7 +215,7 @@ def fit(
     moments = load_moments(checkpoint) if checkpoint else None
     pad_token_id = tokenizer.pad_token_id
     live = LiveOptimizer(moments.learning_rate if moments else None)
-    method = method_of_arguments(args)
+    method = method_of(config)
     checkpoints = Checkpoints(live, method, config.save_total_limit, checkpoint)
     if step_of(checkpoint) >= args.max_steps:
         # no step is left; in the middle of an epoch, transformers would look for the end after one more

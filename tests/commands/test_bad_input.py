@@ -235,7 +235,14 @@ BAD_SCORES = {
     "exact without checkpoint": Case("score run.yaml --exact -o new.jsonl", ("score --exact needs checkpoint",)),
 }
 
+ONLY_THE_RUN = {"model unknown"}  # a dry run does not ask the hub
+
 CASES = {**BAD_CONFIG, **BAD_MODEL, **BAD_DATA, **BAD_OUTPUT, **BAD_CHECKPOINT, **BAD_SCORES}
+
+
+def message_of(stderr: str) -> str:
+    """The error, without what was said before it."""
+    return stderr[stderr.find("error: ") :]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -252,6 +259,11 @@ def test_bad_input(name: str, bench: Path, cli, tree):
     assert "Error:" not in result.stderr.split("error: ", 1)[-1]  # a message of ours, not an exception's name
     assert result.stdout == ""
     assert tree(bench) == before
+    if case.code == 2 and name not in ONLY_THE_RUN:
+        planned = cli(*case.command.split(), "--dry-run")
+        assert (planned.exit_code, planned.stdout) == (2, "")
+        assert message_of(planned.stderr) == message_of(result.stderr)
+        assert tree(bench) == before
 
 
 @pytest.mark.parametrize("name", ["config missing", "unknown key", "no row with a response", "store cut off"])

@@ -22,7 +22,7 @@ from dataflex.model_files import check_weights
 from dataflex.projection.table import PROJECTORS
 from dataflex.provenance import read_record, was_begun
 from dataflex.store.reader import GradientStore
-from dataflex.training.method import read_deepspeed
+from dataflex.training.deepspeed_file import read_deepspeed
 from dataflex.training.moments import FILE_NAME as MOMENTS
 from dataflex.training.resume import check_resume, last_checkpoint
 from dataflex.training.schedule import dynamic_schedule, warmup_steps

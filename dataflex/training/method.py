@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from dataflex.config import RunConfig
-from dataflex.errors import UsageError
+from dataflex.training.deepspeed_file import read_deepspeed, value_of
 
 
 @dataclass(frozen=True)
@@ -49,41 +47,13 @@ def method_of(config: RunConfig) -> TrainingMethod:
     if config.deepspeed is None:
         return TrainingMethod(config.world_size, next((name for name, on in asked.items() if on), "no"))
     settings = read_deepspeed(config.deepspeed)
-    enabled = {name: settings.get(name, {}).get("enabled", False) for name in asked}
+    enabled = {name: value_of(settings, f"{name}.enabled") for name in asked}
     for name in asked:  # transformers fills "auto" in for evaluation in half precision as well
         asked[name] = asked[name] or bool(config.training_arguments.get(f"{name}_full_eval"))
     precisions = [name for name, on in enabled.items() if on is True or (on == "auto" and asked[name])]
-    zero = settings.get("zero_optimization", {})
-    device = zero.get("offload_optimizer", {}).get("device", "none")
-    return TrainingMethod(
-        config.world_size, precisions[0] if precisions else "no", zero.get("stage", 0), device != "none"
-    )
-
-
-def read_deepspeed(path: str) -> dict[str, Any]:
-    """The settings in a DeepSpeed configuration file.
-
-    Raises:
-        UsageError: unless it is a JSON object, with objects under the names that need them and a ZeRO stage.
-    """
-    what = f"deepspeed {path}"
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{what}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{what}: not JSON ({error}); name a DeepSpeed configuration") from None
-    if not isinstance(found, dict):
-        raise UsageError(f"{what}: expected an object of settings, found {type(found).__name__}")
-    for name in ("fp16", "bf16", "zero_optimization", "zero_optimization.offload_optimizer"):
-        place: Any = found
-        for part in name.split("."):
-            place = place.get(part, {})
-        if not isinstance(place, dict):
-            raise UsageError(f"{what}: expected an object under {name}, found {place!r}")
-    if (stage := found.get("zero_optimization", {}).get("stage", 0)) not in (0, 1, 2, 3):
-        raise UsageError(f"{what}: zero_optimization.stage is {stage!r}; expected 0, 1, 2 or 3")
-    return found
+    stage = value_of(settings, "zero_optimization.stage") or 0
+    offload = value_of(settings, "zero_optimization.offload_optimizer.device") not in (None, "none")
+    return TrainingMethod(config.world_size, precisions[0] if precisions else "no", stage, offload)
 
 
 def method_of_accelerator(accelerator: Any) -> TrainingMethod:

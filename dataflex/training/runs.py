@@ -33,6 +33,7 @@ from dataflex.progress import SILENT, Progress
 from dataflex.provenance import RunRecord, Stopwatch, find_record, open_record, read_record, was_begun
 from dataflex.training.arguments import check_schedule, training_arguments
 from dataflex.training.checkpoints import step_of
+from dataflex.training.deepspeed_file import check_deepspeed
 from dataflex.training.method import draws_random_numbers, method_of
 from dataflex.training.moments import AdamMoments
 from dataflex.training.plots import plot_loss
@@ -130,6 +131,8 @@ def prepare_training(
             `eval_strategy` asks for them.
     """
     check_schedule(config)
+    if config.deepspeed is not None:
+        check_deepspeed(config)
     if not plan.dry_run:
         processes.join(config.ddp_timeout, config.deepspeed is not None)
     config = dated_run(config)

@@ -21,6 +21,7 @@ import yaml
 
 import dataflex
 from dataflex.config_file import load_config
+from dataflex.errors import UsageError
 
 CHECKPOINT = "warmup/checkpoint-4"
 COMMANDS = {
@@ -179,7 +180,7 @@ def test_the_dry_run_and_the_run_refuse_with_the_same_words(name: str, command: 
     fault.spoil()
     before = tree(bench)
     typed = f"{COMMANDS[command]} {fault.arguments}".split()
-    planned = cli(*typed) if command == "bench" else cli(*typed, "--dry-run")
+    planned = cli(*typed, "--dry-run")
     assert (planned.exit_code, planned.stdout) == (2, ""), planned.stderr
     for part in fault.says:
         assert part in planned.stderr
@@ -226,3 +227,20 @@ def test_a_dry_run_counts_the_processes_of_the_run(bench: Path, cli) -> None:
     assert (schedule["rows_per_step"], schedule["rows_per_selection"]) == (4, 8)
     alone = json.loads(cli(*COMMANDS["dynamic"].split(), "--dry-run", "--json").stdout)["schedule"]
     assert alone["rows_per_step"] == 2
+
+
+def test_a_deepspeed_file_that_says_otherwise_than_the_run(bench: Path, cli, tree) -> None:
+    """The run would start processes, so the function that prepares it is asked, and the dry run."""
+    other = {"train_batch_size": 6, "gradient_clipping": "auto", "optimizer": {"params": {"lr": 1}}}
+    text("ds.json", json.dumps(other))()
+    before = tree(bench)
+    said = (
+        r"train_batch_size is 6, and the rows of a step .* 2; optimizer.params.lr is 1, and learning_rate 0.01; write"
+    )
+    config = load_config("run.yaml").changed(output_dir="out", deepspeed="ds.json")
+    with pytest.raises(UsageError, match=said):
+        dataflex.train(config)
+    planned = cli(*f"{COMMANDS['train']} deepspeed=ds.json --nproc 1 --dry-run".split())
+    assert planned.exit_code == 2 and re.search(said, planned.stderr)
+    assert cli(*f"{COMMANDS['train']} deepspeed=ds.json --nproc 3 learning_rate=1 --dry-run".split()).exit_code == 0
+    assert tree(bench) == before

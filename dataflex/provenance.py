@@ -185,7 +185,7 @@ def open_record(config: RunConfig, came_from: Origin) -> Iterator[RunRecord]:
                 versions=versions(),
                 device=device_name(),
                 processes=processes.size(),
-                prompt_date=str(config.prompt_date),
+                prompt_date=str(config.prompt_date) if config.prompt_date else None,
             )
             processes.barrier()
         yield record

@@ -305,8 +305,9 @@ class RunConfig(BaseModel):
     """YAML of selectors and their parameters; the packaged defaults when left out."""
     component_name: Annotated[str, AS_RUN] = Field(
         "less",
-        description=f"Which selector picks the rows. {listing(selectors.SELECTORS)} Or a name in components_cfg_file, "
-        "the name of an entry point of the group dataflex.selectors, or a class as package.module:Class.",
+        description=f"Which selector picks the rows. {listing(selectors.SELECTORS)} a+b: the mean of the z-scores of "
+        "several, as less+rds. Or a name in components_cfg_file, the name of an entry point of the group "
+        "dataflex.selectors, or a class as package.module:Class.",
     )
     selector: Annotated[
         str, AfterValidator(_of_table(selectors.check_name)), Key(Decides.SCORES, used_by=("dynamic",))
@@ -359,6 +360,10 @@ class RunConfig(BaseModel):
     reduce: Annotated[Literal["mean", "max", "round-robin", "rows"], Key(Decides.SCORES, component=True)] = "max"
     """How a row's scores for several subtasks become one score. mean: their mean. max: the largest. round-robin:
     subtasks take turns at picking their best row that is left. rows: validation rows take such turns."""
+    loss_band: Annotated[Literal["high", "medium", "low"], Key(Decides.SCORES, component=True)] = "high"
+    """Which losses the selector `loss` prefers. high: the highest. medium: those nearest the median. low: the lowest."""
+    embed_model: Annotated[str | None, Key(Decides.SCORES, path="input", component=True)] = None
+    """Sentence-embedding model of the selector `embed`: a folder or a hub id that sentence-transformers loads."""
     accumulate: Annotated[bool, Key(Decides.SCORES, used_by=("dynamic",), component=True)] = True
     """true: a score is the sum over the selections so far, weighted by learning rate. false: the latest selection alone
     counts."""

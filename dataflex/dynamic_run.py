@@ -187,10 +187,12 @@ class _Selections:
         cache = Path(config.cache_dir or self.folder / "gradients") / f"step-{step}"
         situation = Situation(
             config=config,
-            capture=self.capture,
+            tokenizer=run.tokenizer,
             train=run.train,
-            validation=needed(run.validation),
+            compared_with=run.validation,
+            open_capture=lambda: self.capture,
             moments=moments,
+            step=step,
             cache=cache,
             memory=self.folder / "selections",
             past_steps=[past for past in self.made if past < step],

@@ -56,6 +56,8 @@ def scratch_array(shape: tuple[int, ...], dtype: DTypeLike, folder: Path | None 
     for temporary files when left out), which goes when the array does."""
     if math.prod(shape) * np.dtype(dtype).itemsize <= MAX_IN_MEMORY:
         return np.zeros(shape, dtype)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     with disk_errors_of("scratch file"), tempfile.TemporaryFile(dir=folder) as handle:
         return np.memmap(handle, dtype, "w+", shape=shape)
 

@@ -120,6 +120,8 @@ KEYS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "grad_layers": ("0", ("dynamic", "grads")),
     "contrast": ("pool", ("dynamic", "grads")),
     "normalise": ("rows", ("dynamic",)),
+    "loss_band": ("low", ("dynamic",)),
+    "embed_model": ("x", ("dynamic",)),
     "proj_dim": (64, ("dynamic", "grads")),
     "projector": ("rademacher", ("dynamic", "grads")),
     "proj_seed": (5, ("dynamic", "grads")),

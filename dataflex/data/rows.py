@@ -14,10 +14,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, overload
+from typing import IO, Literal, TYPE_CHECKING, overload
 
 import numpy as np
 
+from dataflex.data.encoding import UNSUPERVISED
 from dataflex.data.report import Report
 
 if TYPE_CHECKING:
@@ -96,6 +97,12 @@ class Rows(Sequence[Example]):
             for place in range(len(batch.kept)):
                 yield batch.example(place, self._datasets)
 
+    def column(self, name: Literal["row", "source", "supervised", "length"]) -> np.ndarray:
+        """[N] one number for each kept row: its row number, the index of its dataset, its supervised tokens, its
+        tokens."""
+        parts = [batch.column(name) for batch in self._batches]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
     def report(self) -> Report:
         """What became of every row of the file."""
         report = Report(kept=len(self))
@@ -131,6 +138,11 @@ class _Columns:
         self.dropped = self.reason.is_valid().to_numpy(zero_copy_only=False)
         self.kept = np.flatnonzero(~self.dropped)
 
+    def column(self, name: str) -> np.ndarray:
+        """The numbers of the kept rows, as `Rows.column` names them."""
+        values: np.ndarray = np.diff(self.starts) if name == "length" else getattr(self, name)
+        return values[self.kept]
+
     def example(self, index: int, datasets: Sequence[str]) -> Example:
         place = int(self.kept[index])
         start, end = self.starts[place], self.starts[place + 1]
@@ -141,6 +153,13 @@ class _Columns:
             self.subtask[place].as_py(),
             datasets[self.source[place]],
         )
+
+
+def supervised_tokens(examples: Sequence[Example]) -> np.ndarray:
+    """[N] how many tokens of each row training learns from."""
+    if isinstance(examples, Rows):
+        return examples.column("supervised")
+    return np.array([sum(label != UNSUPERVISED for label in example.labels[1:]) for example in examples])
 
 
 def as_batch(outcomes: Sequence[Outcome]) -> pyarrow.RecordBatch:

@@ -83,6 +83,14 @@ def whole_losses(model: nn.Module, input_ids: torch.Tensor, index: torch.Tensor,
     return functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
+def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """What the output head is given, [rows, T, H]: the last layer's hidden states, after the final norm. The head runs
+    on one position alone."""
+    with _head_input(model.get_output_embeddings(), lambda hidden: hidden[:1, :1]) as seen:
+        model(input_ids=input_ids, use_cache=False)
+    return seen[0]
+
+
 def position_losses_of(model: nn.Module, device: torch.device, may_run: bool = True) -> PositionLosses:
     """The path that needs the least memory among those that fit the model's output head.
 

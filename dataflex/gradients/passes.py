@@ -6,9 +6,10 @@ Nothing here knows of files; the store and the exact scores both feed on it.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dataflex import processes
@@ -212,21 +213,52 @@ def name_bad_rows(rows: Sequence[Example]) -> str:
     return f"skipped, their gradient is all zero or not finite: {named}{more}"
 
 
+def forward_rows(
+    capture: Capture,
+    examples: Sequence[Example],
+    compute: Callable[[list[Example], torch.Tensor, torch.Tensor], torch.Tensor],
+    progress: Progress = SILENT,
+    description: str = "rows",
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Take this process's share of the rows through `compute`, (rows, input_ids, labels [rows, T]) → [rows, …],
+    without gradients: the indices of each batch, and its values.
+
+    Every process yields as many times: one without a batch left in the last turn yields one of no rows.
+    """
+    batches = _grouped_batches(capture, examples)
+    with progress.task(description, len(examples), "rows") as task:
+        for turn, batch in enumerate(processes.my_turns(batches)):
+            values = torch.zeros(0)
+            if batch is not None or capture.shared_weights:
+                rows = [examples[index] for index in batch or batches[-1][:1]]
+                with capture.running(), torch.no_grad():
+                    values = compute(rows, *capture.inputs(rows))
+            yield batch or [], values if batch is not None else values[:0]
+            together = batches[turn * processes.size() : (turn + 1) * processes.size()]
+            processes.advance(task, sum(len(batch) for batch in together))
+
+
+def losses_of(capture: Capture) -> Callable[[list[Example], torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The mean cross-entropy [rows] of each row of a batch, for `forward_rows`."""
+    position_losses = capture.position_losses
+    return lambda rows, input_ids, labels: row_losses(capture.model, input_ids, labels, position_losses).loss
+
+
 def mean_loss(
     capture: Capture, examples: Sequence[Example], progress: Progress = SILENT, description: str = "loss"
 ) -> float:
     """Mean over `examples` of each row's mean cross-entropy: forward passes only, shared by all processes."""
-    batches = _grouped_batches(capture, examples)
     total = torch.zeros(1, dtype=torch.float64)
-    with progress.task(description, len(examples), "rows") as task:
-        for turn, batch in enumerate(processes.my_turns(batches)):
-            if batch is not None or capture.shared_weights:
-                inputs = capture.inputs([examples[index] for index in batch or batches[-1][:1]])
-                with capture.running(), torch.no_grad():
-                    losses = row_losses(capture.model, *inputs, capture.position_losses)
-                if batch is not None:
-                    total += losses.loss.sum().item()
-            together = batches[turn * processes.size() : (turn + 1) * processes.size()]
-            processes.advance(task, sum(len(batch) for batch in together))
+    for _, losses in forward_rows(capture, examples, losses_of(capture), progress, description):
+        total += losses.sum().item()
     processes.sum_over([total])
     return total.item() / len(examples)
+
+
+def gathered_rows(rows: Iterable[tuple[list[int], torch.Tensor]], out: np.ndarray) -> np.ndarray:
+    """Fill `out` [N, …] with what every process's `forward_rows` yields; the same in every process."""
+    for indices, values in rows:
+        for share, part in processes.gather((indices, values.float().cpu().numpy())):
+            out[share] = part
+    out[:] = processes.broadcast(out)
+    return out

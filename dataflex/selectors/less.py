@@ -31,7 +31,7 @@ class LessSelector:
         if config.per_row:
             labels, cosines = settle(labels, cosines, config.normalise, config.reduce)
         _remember(situation, cosines)
-        steps = [*situation.past_steps, situation.moments.step] if config.accumulate else [situation.moments.step]
+        steps = [*situation.past_steps, situation.step] if config.accumulate else [situation.step]
         past = [_recall(situation.memory, step) for step in steps]
         weights = normalise_weights([learning_rate for _, learning_rate in past])
         score, by_subtask = influence([values for values, _ in past], weights, config.reduce, labels)
@@ -41,8 +41,8 @@ class LessSelector:
 def _remember(situation: Situation, cosines: np.ndarray) -> None:
     """Write this selection's cosines [S, N] and learning rate; atomic."""
     if processes.rank() == 0:
-        rate = {"learning_rate": repr(situation.moments.learning_rate)}
-        with atomic(situation.memory / f"step-{situation.moments.step}.safetensors", "wb") as handle:
+        rate = {"learning_rate": repr(needed(situation.moments).learning_rate)}
+        with atomic(situation.memory / f"step-{situation.step}.safetensors", "wb") as handle:
             handle.write(save({"cosines": np.ascontiguousarray(cosines)}, metadata=rate))
     processes.barrier()
 

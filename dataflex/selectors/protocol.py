@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from dataflex.config import RunConfig
 from dataflex.data.examples import Split
-from dataflex.errors import DataflexError
+from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients.capture import Capture
 from dataflex.influence.scores import Scores, scores_of
 from dataflex.progress import Progress
@@ -33,21 +34,45 @@ def one_number_a_row(what: str, values: object, rows: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Situation:
-    """A run between two optimizer steps. Selectors leave the model as they find it."""
+    """Rows to be scored: between two optimizer steps of a run, or at a checkpoint. Selectors leave the model as they
+    find it."""
 
     config: RunConfig
-    capture: Capture
+    tokenizer: Any
     train: Split
-    validation: Split
-    moments: AdamMoments
-    """Live: after `moments.step` steps, the step before which rows are selected."""
+    compared_with: Split | None
+    """The validation rows; None where `score` was given none."""
+    open_capture: Callable[[], Capture]
+    """Loads the model where it is not loaded; called once."""
+    moments: AdamMoments | None
+    """AdamW's moments after `step` steps, live in a run; None where the checkpoint has none."""
+    step: int
+    """The optimizer steps that have been taken."""
     cache: Path
-    """A folder for this selection's gradient stores."""
+    """A folder for the gradient stores of this selection."""
     memory: Path
     """The run's folder of selections, where a selector may leave `step-<s>.safetensors` for those to come."""
     past_steps: list[int]
     """The steps of the selections before this one."""
     progress: Progress
+
+    @functools.cached_property
+    def capture(self) -> Capture:
+        """The model with its adapter, ready for a pass."""
+        return self.open_capture()
+
+    @property
+    def validation(self) -> Split:
+        """The validation rows.
+
+        Raises:
+            UsageError: where there are none.
+        """
+        if self.compared_with is None:
+            raise UsageError(
+                f"selector {self.config.selector!r} compares rows with validation rows; set eval_dataset, or val_size"
+            )
+        return self.compared_with
 
     def scores(self, score: ArrayLike, subtasks: Mapping[str, ArrayLike] | None = None) -> Scores:
         """What `Selector.score` returns.

@@ -12,5 +12,5 @@ class RandomSelector:
     """Every row's score is a uniform random number, drawn anew at each selection from `seed` and the step."""
 
     def score(self, situation: Situation) -> Scores:
-        generator = np.random.default_rng((situation.config.seed, 2, situation.moments.step))
+        generator = np.random.default_rng((situation.config.seed, 2, situation.step))
         return situation.scores(generator.random(len(situation.train.examples)))

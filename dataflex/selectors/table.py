@@ -26,6 +26,13 @@ SELECTORS = {
         "dataflex.selectors.less:LessSelector", "rows whose Adam step points where the validation gradient points"
     ),
     "random": Named("dataflex.selectors.random:RandomSelector", "rows by chance, as a baseline"),
+    "rds": Named("dataflex.selectors.rds:RdsSelector", "rows whose hidden states are near the validation rows'"),
+    "bm25": Named("dataflex.selectors.bm25:Bm25Selector", "rows that share rare words with the validation rows"),
+    "embed": Named(
+        "dataflex.selectors.embed:EmbedSelector", "rows whose sentence embeddings are near the validation rows'"
+    ),
+    "loss": Named("dataflex.selectors.loss:LossSelector", "rows of high, medium or low loss (loss_band)"),
+    "length": Named("dataflex.selectors.length:LengthSelector", "rows with many supervised tokens, as a control"),
 }
 
 
@@ -63,9 +70,18 @@ def source_of(name: str) -> str:
     return source
 
 
+def parts_of(name: str) -> list[str]:
+    """The selectors that `a+b` names; `name` alone where it is one."""
+    return name.split("+")
+
+
 def check_name(name: str) -> str:
-    """`name`, if it names a selector; UsageError as `source_of`. The selector itself is not imported."""
-    source_of(name)
+    """`name`, if it names a selector, or several by `+`; UsageError as `source_of`. No selector is imported."""
+    parts = parts_of(name)
+    for part in parts:
+        source_of(part)
+    if len(set(parts)) < len(parts):
+        raise UsageError(f"selector {name!r} names one selector twice; name each once")
     return name
 
 
@@ -104,12 +120,17 @@ def find(name: str) -> type[Selector]:
 
 
 def make_selector(name: str) -> Selector:
-    """An instance of the class behind `name`.
+    """An instance of the class behind `name`; of several by `+`, one that combines them.
 
     Raises:
         UsageError: as `find`; and where the class cannot be made without arguments, or its `score` does not take
             exactly a situation.
     """
+    parts = parts_of(check_name(name))
+    if len(parts) > 1:
+        from dataflex.selectors.combined import CombinedSelector
+
+        return CombinedSelector([make_selector(part) for part in parts])
     found = find(name)
     try:
         selector = found()

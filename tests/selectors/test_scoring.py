@@ -31,7 +31,7 @@ def situation(tmp_path: Path) -> Situation:
     examples = [Example(row, [1, 2], [-100, 2], None, "data") for row in ROWS]
     split = SimpleNamespace(examples=examples)
     config = load_config(options={"dataset": "data", "selector": "my.own:Selector"})
-    return Situation(config, None, split, None, None, tmp_path, tmp_path, [], None)
+    return Situation(config, None, split, None, lambda: None, None, 0, tmp_path, tmp_path, [], None)
 
 
 def giving(result: Callable[[Situation], Any]) -> Any:
@@ -102,7 +102,7 @@ from dataflex.selectors.scoring import score_rows
 
 processes.join(60, False)
 split = SimpleNamespace(examples=[Example(row, [1], [1], None, "data") for row in range(3)])
-situation = Situation(load_config(), None, split, None, None, None, None, [], None)
+situation = Situation(load_config(), None, split, None, None, None, 0, None, None, [], None)
 selector = SimpleNamespace(score=lambda situation: situation.scores([processes.rank(), 5, 7]))
 print(score_rows(selector, situation).score.tolist())
 processes.leave()

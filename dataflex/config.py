@@ -361,7 +361,7 @@ class RunConfig(BaseModel):
     """How a row's scores for several subtasks become one score. mean: their mean. max: the largest. round-robin:
     subtasks take turns at picking their best row that is left. rows: validation rows take such turns."""
     loss_band: Annotated[Literal["high", "medium", "low"], Key(Decides.SCORES, component=True)] = "high"
-    """Which losses the selector `loss` prefers. high: the highest. medium: those nearest the median. low: the lowest."""
+    """Losses that the selector `loss` prefers. high: the highest. medium: those nearest the median. low: the lowest."""
     embed_model: Annotated[str | None, Key(Decides.SCORES, path="input", component=True)] = None
     """Sentence-embedding model of the selector `embed`: a folder or a hub id that sentence-transformers loads."""
     accumulate: Annotated[bool, Key(Decides.SCORES, used_by=("dynamic",), component=True)] = True

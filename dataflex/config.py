@@ -364,6 +364,14 @@ class RunConfig(BaseModel):
     """Losses that the selector `loss` prefers. high: the highest. medium: those nearest the median. low: the lowest."""
     embed_model: Annotated[str | None, Key(Decides.SCORES, path="input", component=True)] = None
     """Sentence-embedding model of the selector `embed`: a folder or a hub id that sentence-transformers loads."""
+    candidates: Annotated[Share | None, Key(Decides.SCORES, used_by=("dynamic",), component=True)] = None
+    """Share of the training rows that `dynamic` scores anew from the second selection on: the rows with the best scores
+    so far, and a tenth of the share at random. The other rows keep their last score. null: all rows."""
+    prefilter: Annotated[
+        Literal["bm25", "rds", "embed"] | None, Key(Decides.SCORES, used_by=("dynamic",), component=True)
+    ] = None
+    """Selector whose best rows are the candidates of the first selection; a row without a score is not selected. null:
+    the first selection scores all rows."""
     accumulate: Annotated[bool, Key(Decides.SCORES, used_by=("dynamic",), component=True)] = True
     """true: a score is the sum over the selections so far, weighted by learning rate. false: the latest selection alone
     counts."""
@@ -435,6 +443,8 @@ class RunConfig(BaseModel):
             problems.append("val_size and eval_dataset exclude each other; keep one")
         if self.val_size > 1 and self.val_size != int(self.val_size):
             problems.append(f"val_size is {self.val_size}; expected a share below 1 or a whole number of rows")
+        if self.prefilter and self.candidates is None:
+            problems.append("prefilter needs candidates, the share of the rows that it leaves; set candidates")
         if len([v for v in (self.top, self.count, self.threshold) if v is not None]) > 1:
             problems.append("top, count and threshold exclude each other; keep one")
         if problems:

@@ -104,7 +104,7 @@ def prepare_dynamic(config: RunConfig, plan: Plan, progress: Progress = SILENT) 
     }
 
     def steps_over(train: Split) -> int:
-        check_selection_size(schedule, train)
+        check_selection_size(schedule, train, config.candidates if config.prefilter else None)
         return schedule.total_steps
 
     def note(sizes: Outline, splits: Sequence[Split]) -> list[int]:
@@ -123,9 +123,15 @@ def prepare_dynamic(config: RunConfig, plan: Plan, progress: Progress = SILENT) 
     return Ready(run, selector, schedule, capture)
 
 
-def check_selection_size(schedule: Schedule, train: Split) -> None:
-    """Raise a UsageError where a selection would need more rows than there are."""
+def check_selection_size(schedule: Schedule, train: Split, prefiltered: float | None = None) -> None:
+    """Raise a UsageError where a selection would need more rows than there are, or than the `prefiltered` share."""
     needed, there = schedule.rows_per_selection, len(train.examples)
+    scored = there if prefiltered is None else round(prefiltered * there)
+    if schedule.selection_steps and scored < needed <= there:
+        raise UsageError(
+            f"each selection takes {needed} rows, and of {there} rows the prefilter leaves {scored} to score; raise "
+            f"candidates to {needed / there:.2g} at least, or leave prefilter out"
+        )
     if schedule.selection_steps and needed > there:
         raise UsageError(
             f"each selection takes {needed} rows ({schedule.rows_per_step} a step × "

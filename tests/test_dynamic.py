@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from dataflex import dynamic, load_config, load_examples
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients.reference import reference_rows
+from dataflex.gradients.reference import reference_weights
 from dataflex.influence import exact
 from dataflex.model import load_adapter, load_base_model
+from dataflex.selectors.bm25 import bm25, words
+from dataflex.selectors.candidates import choose_candidates
 from dataflex.training.moments import load_moments
 from dataflex.training.schedule import dynamic_schedule
 
@@ -172,7 +175,7 @@ def test_every_variant_equals_the_slow_way(options, params, route, monkeypatch):
         steps, plain, queries = slow_directions(config, folder / f"checkpoint-{step}")
         cosines = queries @ steps.T
         if config.contrast:
-            cosines = cosines - (steps @ plain[reference_rows(config, len(rows))].T).mean(axis=1)
+            cosines = cosines - (steps @ plain[list(reference_weights(config, len(rows)))].T).mean(axis=1)
         if config.normalise:
             cosines = (cosines - cosines.mean(axis=1, keepdims=True)) / cosines.std(axis=1, keepdims=True)
         rate = load_moments(folder / f"checkpoint-{step}").learning_rate
@@ -193,6 +196,66 @@ def test_every_variant_equals_the_slow_way(options, params, route, monkeypatch):
             atol = 2e-3 if config.normalise else 3e-5  # standardising divides by a small spread
             np.testing.assert_allclose([line["score"] for line in selection], scores[order], atol=atol)
         assert [line["row"] for line in selection] == rows[order].tolist()
+
+
+@pytest.mark.parametrize("route", ["exact", "stored"])
+@pytest.mark.parametrize("params", [{}, {"contrast": "pool", "marginal": True}, {"accumulate": False}], ids=str)
+@pytest.mark.parametrize("prefilter", [None, "bm25"])
+def test_candidates_alone_are_scored_anew(options, params, route, prefilter):
+    config = load_config(
+        options={
+            **options,
+            **params,
+            **(STORED if route == "stored" else {}),
+            "candidates": 0.5,
+            "prefilter": prefilter,
+            "reduce": "mean",
+        }
+    )
+    folder = dynamic(config)
+    examples = load_examples(config)
+    subtasks = np.array([example.subtask for example in load_examples(config, "eval")])
+    rows, count = np.array([example.row for example in examples]), len(examples)
+    last, weights, scores = np.full(count, np.nan), [], []
+    for step in (3, 5):
+        chosen = None
+        if scores or prefilter:
+            known = [line["row"] for line in read_selection(folder, 3)] if scores else None
+            if not scores:
+                tokenizer = AutoTokenizer.from_pretrained(options["model_name_or_path"])
+                texts = [
+                    [words(tokenizer.decode(row.input_ids, skip_special_tokens=True)) for row in part]
+                    for part in (examples, load_examples(config, "eval"))
+                ]
+                found = np.array(list(bm25(*texts)), dtype=np.float64)
+                last = np.mean([found[subtasks == name].mean(axis=0) for name in "xy"], axis=0)
+            chosen = choose_candidates(last, 0.5, np.random.default_rng((config.seed, 4, step)))
+            assert len(chosen.indices) == count // 2
+            if known is not None:
+                assert set(np.flatnonzero(np.isin(rows, known))) <= set(chosen.best)
+        steps, plain, queries = slow_directions(config, folder / f"checkpoint-{step}")
+        indices = chosen.indices if chosen else np.arange(count)
+        cosines = queries @ steps.T
+        if config.contrast:
+            by_row = chosen.weights if chosen else np.ones(count)
+            mean = (by_row[:, None] * plain[indices]).sum(axis=0) / by_row.sum()
+            cosines = cosines - steps @ mean
+        now = np.full(count, np.nan) if not scores else scores[-1].copy()
+        now[indices] = np.mean([cosines[subtasks == name].mean(axis=0) for name in "xy"], axis=0)[indices]
+        scores.append(now)
+        weights.append(load_moments(folder / f"checkpoint-{step}").learning_rate)
+        past = [np.where(np.isnan(values), now, values) for values in scores]
+        last = now if not config.accumulate else np.average(past, axis=0, weights=weights)
+        selection = read_selection(folder, step)
+        order = np.argsort(-last, kind="stable")[:4]
+        assert [line["row"] for line in selection] == rows[order].tolist()
+        np.testing.assert_allclose([line["score"] for line in selection], last[order], atol=3e-5)
+
+
+def test_a_prefilter_that_leaves_too_few_rows_is_refused(options):
+    config = load_config(options={**options, "candidates": 0.1, "prefilter": "bm25"})
+    with pytest.raises(UsageError, match=r"takes 4 rows, and of 24 rows the prefilter leaves 2.*candidates to 0\.17"):
+        dynamic(config)
 
 
 def test_a_layer_that_has_no_pair_is_refused(options):

@@ -121,6 +121,8 @@ KEYS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "contrast": ("pool", ("dynamic", "grads")),
     "normalise": ("rows", ("dynamic",)),
     "loss_band": ("low", ("dynamic",)),
+    "candidates": (0.5, ("dynamic",)),
+    "prefilter": (None, NONE),  # needs candidates
     "embed_model": ("x", ("dynamic",)),
     "proj_dim": (64, ("dynamic", "grads")),
     "projector": ("rademacher", ("dynamic", "grads")),

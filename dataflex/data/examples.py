@@ -7,7 +7,7 @@ import hashlib
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dataflex.config import ROW_KEYS, RunConfig, require, values_of
@@ -51,6 +51,12 @@ class Split:
     """sha256 (hex) over the bytes of the data files."""
     facts: dict[str, Any]
     """What the examples were made from, by the name under which a difference is told: keys, files, tokenizer."""
+
+
+def part_of(split: Split, indices: Sequence[int]) -> Split:
+    """The rows of a split at `indices`."""
+    digest = hashlib.sha256(f"{split.fingerprint} {list(indices)}".encode()).hexdigest()
+    return replace(split, examples=[split.examples[index] for index in indices], fingerprint=digest)
 
 
 def load_examples(config: RunConfig, split: Literal["train", "eval"] = "train") -> list[Example]:

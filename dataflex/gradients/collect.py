@@ -20,7 +20,7 @@ from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import batches_of, name_bad_rows, project_rows
 from dataflex.gradients.probe import check_capture
-from dataflex.gradients.reference import reference_rows
+from dataflex.gradients.reference import reference_weights
 from dataflex.keys import Decides, select_keys
 from dataflex.lora import lora_pairs
 from dataflex.masking import masked
@@ -108,6 +108,7 @@ def collect(
     progress: Progress = SILENT,
     *,
     cache: bool = False,
+    standing_for: np.ndarray | None = None,
 ) -> Path:
     """Write the projected directions of every row of `split` into the store `path`.
 
@@ -117,11 +118,12 @@ def collect(
     Args:
         moments: of the optimizer at these parameters; needed for `adam` only.
         cache: replace a store that came from something else, rather than refuse.
+        standing_for: how many rows of the pool each row stands for, where the rows are a sample of it.
     """
     manifest = manifest_of(config, capture, split, split_name, moments, progress)
     gradient_type = config.eval_gradient_type if split_name == "eval" else config.gradient_type
     direction = make_direction(gradient_type, config.adam_formula, moments, capture.slots, config.marginal)
-    reference = reference_rows(config, len(split.examples)) if split_name == "train" else []
+    reference = reference_weights(config, len(split.examples), standing_for) if split_name == "train" else {}
     projector = make_projector(
         config.projector, capture.parameters, manifest.proj_dim, config.proj_seed, capture.device
     )
@@ -146,7 +148,7 @@ def collect(
         f"{split_name} gradients",
         done=len(split.examples) - sum(map(len, batches)),
         skip_bad=config.skip_bad_rows,
-        reference=set(reference),
+        reference=reference,
     )
     # the other processes hand their rows to the first: one writer, whatever the file system
     with StoreWriter(path) if processes.rank() == 0 else contextlib.nullcontext() as writer:
@@ -155,7 +157,8 @@ def collect(
                 mine = (rows.indices, rows.vectors.cpu().numpy(), rows.loss.cpu().numpy(), rows.plain.cpu().numpy())
                 for indices, vectors, loss, plain in processes.gather(mine):
                     if indices:
-                        writer.write(indices, vectors, loss, plain)
+                        weights = np.array([reference[index] for index in indices if index in reference])
+                        writer.write(indices, vectors, loss, plain, weights)
                         bad += [split.examples[index] for index in np.array(indices)[~vectors.any(axis=1)]]
             if writer is not None:
                 writer.flush()

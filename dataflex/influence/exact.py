@@ -3,7 +3,7 @@ dotted with them while it passes. No store, no approximation, less work than any
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ def exact_cosines(
     skip_bad: bool = False,
     *,
     per_row: bool = False,
-    reference: Sequence[Example] = (),
+    reference: Mapping[int, float] | None = None,
     scratch: Path | None = None,
 ) -> tuple[list[str], np.ndarray]:
     """Each training row's mean cosine with each subtask's rows: the subtasks' names, and [S, N] float32.
@@ -45,7 +45,8 @@ def exact_cosines(
 
     Args:
         per_row: give the cosine with each validation row, [V, N], and the subtask of each; a bad one has NaN.
-        reference: rows whose mean cosine, with their plain gradients, is taken off every cosine.
+        reference: training rows by index, with weights; the mean cosine with their plain gradients is taken off every
+            cosine.
         scratch: the folder for a file that holds the cosines where they are many; the system's when left out.
 
     Raises:
@@ -57,7 +58,16 @@ def exact_cosines(
         if per_row
         else [[index for index, label in enumerate(labels) if label == name] for name in sorted(set(labels))]
     )
-    taken_off = _mean_unit(capture, [reference], plain_direction, progress, "reference gradients", skip_bad)
+    reference = reference or {}
+    taken_off = _mean_unit(
+        capture,
+        [[train[index] for index in reference]],
+        plain_direction,
+        progress,
+        "reference gradients",
+        skip_bad,
+        list(reference.values()),
+    )
     cosines = scratch_array((len(members), len(train)), np.float32, scratch)
     at_once = _queries_that_fit(capture, len(members))
     for start in range(0, len(members), at_once):
@@ -89,9 +99,10 @@ def _mean_unit(
     progress: Progress,
     description: str,
     skip_bad: bool,
+    weights: Sequence[float] | None = None,
 ) -> torch.Tensor:
-    """The mean unit direction of each group of rows, [groups, P] float32; zero for a group of no rows, NaN for one of
-    bad rows only. Collective."""
+    """The mean unit direction of each group of rows, [groups, P] float32; zero where there are no rows, NaN for a group
+    of bad rows only. `weights` are the rows', 1 when left out. Collective."""
     sums = torch.zeros(len(groups), capture.parameters, device=capture.device)
     counts = torch.zeros(len(groups), 1, device=capture.device)
     rows = [row for group in groups for row in group]
@@ -104,8 +115,9 @@ def _mean_unit(
         for index, vector in zip(batch.indices, batch.vectors, strict=True):
             length = vector.norm()
             if length > 0:
-                sums[owner[index]].add_(vector / length)
-                counts[owner[index]] += 1
+                weight = weights[index] if weights else 1.0
+                sums[owner[index]].add_(vector / length, alpha=weight)
+                counts[owner[index]] += weight
     processes.sum_over([sums, counts])
     return sums / counts
 

@@ -15,7 +15,7 @@ from dataflex.gradients.capture import Capture
 from dataflex.gradients.collect import checkpoint_capture, manifest_of
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.probe import check_capture
-from dataflex.gradients.reference import reference_rows
+from dataflex.gradients.reference import reference_weights
 from dataflex.influence.exact import exact_cosines
 from dataflex.influence.pairs import open_weighted
 from dataflex.influence.scores import Scores, influence, parse_weights, scores_of, settle, write_scores
@@ -149,7 +149,7 @@ def _exact_scores(ready: ExactScoring, progress: Progress) -> tuple[Scores, dict
             progress,
             config.skip_bad_rows,
             per_row=config.per_row,
-            reference=[train[index] for index in reference_rows(config, len(train))],
+            reference=reference_weights(config, len(train)),
             scratch=path.parent,
         )
         if config.per_row:

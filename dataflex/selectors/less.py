@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +11,19 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from dataflex import processes
-from dataflex.config import needed
+from dataflex.config import RunConfig, needed
+from dataflex.data.examples import part_of
 from dataflex.files import atomic
 from dataflex.gradients.collect import collect
 from dataflex.gradients.direction import make_direction
-from dataflex.gradients.reference import reference_rows
+from dataflex.gradients.reference import reference_weights
 from dataflex.influence.exact import exact_cosines
 from dataflex.influence.pairs import open_pairs
 from dataflex.influence.scores import Scores, influence, normalise_weights, settle
 from dataflex.influence.stored import stored_cosines
+from dataflex.selectors.candidates import Candidates, choose_candidates
 from dataflex.selectors.protocol import Situation
+from dataflex.selectors.table import make_selector
 
 
 class LessSelector:
@@ -27,34 +32,96 @@ class LessSelector:
 
     def score(self, situation: Situation) -> Scores:
         config = situation.config
-        labels, cosines = _exact(situation) if config.is_exact else _stored(situation)
+        past = [_recall(situation.memory, step) for step in situation.past_steps]
+        chosen = _candidates(situation, past)
+        labels, cosines = (_exact if config.is_exact else _stored)(situation, chosen)
         if config.per_row:
             labels, cosines = settle(labels, cosines, config.normalise, config.reduce)
-        _remember(situation, cosines)
-        steps = [*situation.past_steps, situation.step] if config.accumulate else [situation.step]
-        past = [_recall(situation.memory, step) for step in steps]
-        weights = normalise_weights([learning_rate for _, learning_rate in past])
-        score, by_subtask = influence([values for values, _ in past], weights, config.reduce, labels)
-        return situation.scores(score, by_subtask)
+        now = _Selection(
+            labels, cosines, np.ones(cosines.shape[1], dtype=bool), needed(situation.moments).learning_rate
+        )
+        if chosen is not None:
+            now = now.spread_over(chosen, past[-1] if past else None)
+        _remember(situation, now)
+        return situation.scores(*_accumulated([*past, now], config))
 
 
-def _remember(situation: Situation, cosines: np.ndarray) -> None:
-    """Write this selection's cosines [S, N] and learning rate; atomic."""
+@dataclass(frozen=True)
+class _Selection:
+    """What a selection found of the whole pool."""
+
+    labels: list[str]
+    """[Q] the subtask of each of `cosines`."""
+    cosines: np.ndarray
+    """[Q, N] float32; NaN for a bad row, and for one that no selection has scored."""
+    known: np.ndarray
+    """[N] bool: rows that this or an earlier selection has scored."""
+    learning_rate: float
+
+    def spread_over(self, chosen: Candidates, before: _Selection | None) -> _Selection:
+        """These cosines of the candidates among the last ones of the other rows."""
+        cosines = np.full((len(self.cosines), chosen.pool), np.nan, dtype=np.float32)
+        known = np.zeros(chosen.pool, dtype=bool)
+        if before is not None:
+            cosines[:], known[:] = before.cosines, before.known
+        cosines[:, chosen.indices] = self.cosines
+        known[chosen.indices] = True
+        return _Selection(self.labels, cosines, known, self.learning_rate)
+
+
+def _accumulated(selections: list[_Selection], config: RunConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Scores [N] and by subtask, summed over the selections. A row that was first scored later has the cosines of then
+    from the start."""
+    selections = selections if config.accumulate else selections[-1:]
+    filled = [selections[-1].cosines]
+    for selection in reversed(selections[:-1]):
+        unknown = ~selection.known
+        filled.append(np.where(unknown, filled[-1], selection.cosines) if unknown.any() else selection.cosines)
+    weights = normalise_weights([selection.learning_rate for selection in selections])
+    return influence(filled[::-1], weights, config.reduce, selections[-1].labels)
+
+
+def _candidates(situation: Situation, past: list[_Selection]) -> Candidates | None:
+    """The rows that this selection scores; None for all."""
+    config, count = situation.config, len(situation.train.examples)
+    if config.candidates is None or not (past or config.prefilter):
+        return None
+    if past:
+        last, _ = _accumulated(past, config)
+    else:
+        last = make_selector(needed(config.prefilter)).score(situation).score
+    generator = np.random.default_rng((config.seed, 4, situation.step))
+    chosen = choose_candidates(processes.broadcast(last), config.candidates, generator)
+    situation.progress.say(f"{len(chosen.indices)} of {count} rows are scored anew")
+    return chosen
+
+
+def _remember(situation: Situation, selection: _Selection) -> None:
+    """Write what this selection found; atomic."""
     if processes.rank() == 0:
-        rate = {"learning_rate": repr(needed(situation.moments).learning_rate)}
+        tensors = {"cosines": np.ascontiguousarray(selection.cosines), "known": selection.known}
+        about = {"learning_rate": repr(selection.learning_rate), "labels": json.dumps(selection.labels)}
         with atomic(situation.memory / f"step-{situation.step}.safetensors", "wb") as handle:
-            handle.write(save({"cosines": np.ascontiguousarray(cosines)}, metadata=rate))
+            handle.write(save(tensors, metadata=about))
     processes.barrier()
 
 
-def _recall(memory: Path, step: int) -> tuple[np.ndarray, float]:
+def _recall(memory: Path, step: int) -> _Selection:
     with safe_open(memory / f"step-{step}.safetensors", framework="np") as file:
-        return file.get_tensor("cosines"), float(file.metadata()["learning_rate"])
+        about = file.metadata()
+        return _Selection(
+            json.loads(about["labels"]),
+            file.get_tensor("cosines"),
+            file.get_tensor("known"),
+            float(about["learning_rate"]),
+        )
 
 
-def _exact(situation: Situation) -> tuple[list[str], np.ndarray]:
+def _exact(situation: Situation, chosen: Candidates | None) -> tuple[list[str], np.ndarray]:
     config, capture = situation.config, situation.capture
     train = situation.train.examples
+    if chosen is not None:
+        train = [train[index] for index in chosen.indices.tolist()]
     train_direction, validation_direction = (
         make_direction(kind, config.adam_formula, situation.moments, capture.slots, config.marginal)
         for kind in (config.gradient_type, config.eval_gradient_type)
@@ -68,17 +135,28 @@ def _exact(situation: Situation) -> tuple[list[str], np.ndarray]:
         situation.progress,
         config.skip_bad_rows,
         per_row=config.per_row,
-        reference=[train[index] for index in reference_rows(config, len(train))],
+        reference=reference_weights(config, len(train), chosen.weights if chosen else None),
         scratch=situation.memory,
     )
 
 
-def _stored(situation: Situation) -> tuple[list[str], np.ndarray]:
+def _stored(situation: Situation, chosen: Candidates | None) -> tuple[list[str], np.ndarray]:
     config = situation.config
+    train_split = situation.train if chosen is None else part_of(situation.train, chosen.indices.tolist())
     paths = []
-    for name, split in (("eval", situation.validation), ("train", situation.train)):
+    for name, split in (("eval", situation.validation), ("train", train_split)):
         path = situation.cache / f"{name}.h5"
-        collect(config, situation.capture, split, name, situation.moments, path, situation.progress, cache=True)
+        collect(
+            config,
+            situation.capture,
+            split,
+            name,
+            situation.moments,
+            path,
+            situation.progress,
+            cache=True,
+            standing_for=chosen.weights if chosen and name == "train" else None,
+        )
         paths.append(path)
     found: tuple[list[str], np.ndarray] | None = None
     if processes.rank() == 0:

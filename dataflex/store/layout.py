@@ -112,17 +112,19 @@ class FileLayout:
 
 @dataclass(frozen=True)
 class ReferenceSum:
-    """The sum [k] float64 of the unit plain gradients of `rows` reference rows, once `done` rows of the store are."""
+    """The weighted sum [k] float64 of the unit plain gradients of reference rows, once `done` rows of the store are."""
 
     vector: np.ndarray
-    rows: int
+    weight: float
+    """The sum of the weights."""
     done: int
 
     @property
     def state(self) -> np.ndarray:
-        """[3] int64: the rows of the store that are done, the reference rows, and the checksum of the vector."""
+        """[3] int64: the rows of the store that are done, the bits of the weight, and the checksum of the vector."""
+        weight = np.float64(self.weight).view(np.uint64)
         checksum = xxhash.xxh3_64_intdigest(self.vector.tobytes())
-        return np.array([self.done, self.rows, checksum], dtype=np.uint64).view(np.int64)
+        return np.array([self.done, weight, checksum], dtype=np.uint64).view(np.int64)
 
 
 def row_checksums(stored: np.ndarray) -> np.ndarray:

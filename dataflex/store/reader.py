@@ -123,8 +123,9 @@ class GradientStore:
         done, states = int(self.done.sum()), self._file["reference_state"][:]
         turn = max((0, 1), key=lambda turn: states[turn, 0] if states[turn, 0] <= done else 0)
         if not 0 < states[turn, 0] <= done:  # no batch is done
-            return 1, ReferenceSum(np.zeros(self.dim), 0, 0)
-        found = ReferenceSum(self._file["reference"][turn], int(states[turn, 1]), int(states[turn, 0]))
+            return 1, ReferenceSum(np.zeros(self.dim), 0.0, 0)
+        weight = float(states[turn, 1:2].view(np.float64)[0])
+        found = ReferenceSum(self._file["reference"][turn], weight, int(states[turn, 0]))
         if not np.array_equal(found.state, states[turn]):
             raise UsageError(
                 f"gradient store {self.path}: damaged, the sum over its reference rows is not the one that was "
@@ -145,9 +146,9 @@ class GradientStore:
                 f"gradient store {self.path}: it was collected without contrast; collect the training rows with "
                 "contrast=pool, or leave contrast out"
             )
-        if not total.rows:
+        if not total.weight:
             raise UsageError(f"gradient store {self.path}: no reference row of it has a gradient; use another contrast")
-        return (total.vector / total.rows).astype(np.float32)
+        return (total.vector / total.weight).astype(np.float32)
 
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Unit rows, [n, k] float32 ([k] for a single index)."""

@@ -168,12 +168,26 @@ class StoreWriter:
         holes = status.st_size - 512 * status.st_blocks
         return max(0, min(holes, int((~self.done).sum()) * self._layout.row_bytes))
 
-    def write(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray, plain: np.ndarray | None = None) -> None:
-        """Begin to commit a batch: `vectors` [n, k] float32 (made unit; zeros stay), `loss` [n], and `plain` [r, k]
-        float32, the plain gradients of the reference rows among them. The caller does not change them afterwards.
-        Waits for the batch before, and raises what that one met."""
+    def write(
+        self,
+        indices: list[int],
+        vectors: np.ndarray,
+        loss: np.ndarray,
+        plain: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
+    ) -> None:
+        """Begin to commit a batch. The caller does not change the arrays afterwards. Waits for the batch before, and
+        raises what that one met.
+
+        Args:
+            vectors: [n, k] float32; made unit, zeros stay.
+            loss: [n].
+            plain: [r, k] float32, the plain gradients of the reference rows among them; `weights` [r], 1 when left out.
+        """
         self.flush()
-        self._batch = self._thread.submit(self._commit, indices, vectors, loss, plain)
+        plain = np.zeros((0, vectors.shape[1])) if plain is None else plain
+        weights = np.ones(len(plain)) if weights is None else weights
+        self._batch = self._thread.submit(self._commit, indices, vectors, loss, plain, weights)
 
     def flush(self) -> None:
         """Wait until all rows that were given are on disk, and raise what the last batch met."""
@@ -185,7 +199,9 @@ class StoreWriter:
             if self._batch.done():  # or an interruption came first
                 self._batch = None
 
-    def _commit(self, indices: list[int], vectors: np.ndarray, loss: np.ndarray, plain: np.ndarray | None) -> None:
+    def _commit(
+        self, indices: list[int], vectors: np.ndarray, loss: np.ndarray, plain: np.ndarray, weights: np.ndarray
+    ) -> None:
         norms = np.linalg.norm(vectors, axis=1).astype(np.float32)
         lengths = norms[:, None]
         encoded = self._rows.encode(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
@@ -197,21 +213,22 @@ class StoreWriter:
                 self._put("norm", index, norms[position])
                 self._put("loss", index, np.float32(loss[position]))
                 self._put("checksum", index, checksums[position])
-            self._add_reference(indices, plain)
+            self._add_reference(indices, plain, weights)
             os.fdatasync(self._handle)
             for index in indices:
                 self._put("done", index, np.uint8(1))
         self.done[indices] = True
 
-    def _add_reference(self, indices: list[int], plain: np.ndarray | None) -> None:
+    def _add_reference(self, indices: list[int], plain: np.ndarray, weights: np.ndarray) -> None:
         """Write the sum that holds once `indices` are done, beside the one that holds now."""
-        if self._reference is None or plain is None:
+        if self._reference is None:
             return
         lengths = np.linalg.norm(plain, axis=1)
         good = np.isfinite(lengths) & (lengths > 0)
-        total = self._reference.vector + (plain[good] / lengths[good, None]).sum(axis=0, dtype=np.float64)
+        units = plain[good] * (weights[good] / lengths[good])[:, None]
+        total = self._reference.vector + units.sum(axis=0, dtype=np.float64)
         done = int(self.done.sum() + (~self.done[indices]).sum())
-        self._reference = ReferenceSum(total, self._reference.rows + int(good.sum()), done)
+        self._reference = ReferenceSum(total, self._reference.weight + float(weights[good].sum()), done)
         self._turn = 1 - self._turn
         self._put("reference", self._turn, total)
         self._put("reference_state", self._turn, self._reference.state)

@@ -19,6 +19,7 @@ def score(
     validation: Annotated[list[str] | None, s.option("eval_stores", "--eval")] = None,
     weights: Annotated[str | None, s.option("weights", "--weights")] = None,
     reduce: s.Reduce = None,
+    component: Annotated[str | None, s.option("component_name", "--selector")] = None,
     exact: Annotated[bool, typer.Option("--exact", help=help_of("exact"))] = False,
     checkpoint: s.Checkpoints = None,
     output: s.Output = None,
@@ -31,7 +32,8 @@ def score(
 ) -> None:
     """Score training rows by their cosine with the validation rows, summed over checkpoints.
 
-    Give --train and --eval once per checkpoint, in the same order; or --exact with a CONFIG and --checkpoint.
+    Give --train and --eval once per checkpoint, in the same order. Or give a CONFIG and --selector, which needs no
+    store; with --checkpoint, once per checkpoint, where the selector takes gradients. --exact is --selector less.
     """
     options = s.given(locals())
     with s.session(
@@ -41,10 +43,14 @@ def score(
             return show_plan(session, "score", launches=True, nproc=nproc)
         import dataflex
         from dataflex.influence.scores import ranking, read_scores
+        from dataflex.influence.sidecar import facts_of
 
         path = dataflex.score(session.config, session.console)
         scores = read_scores(path)
         best = ranking(scores.row, scores.score)[:5]
         rows = [[int(scores.row[i]), scores.dataset[i] if scores.dataset else "", float(scores.score[i])] for i in best]
         session.console.table(f"best of {len(scores.row)} rows", ["row", "dataset", "score"], rows)
-        session.console.result([path], {"command": "score", "output": str(path), "rows": len(scores.row)})
+        correlation = facts_of(path)["length_correlation"]
+        session.console.facts("scores", {"Spearman's correlation with supervised tokens": correlation})
+        facts = {"command": "score", "output": str(path), "rows": len(scores.row), "length_correlation": correlation}
+        session.console.result([path], facts)

@@ -67,6 +67,7 @@ KEYS = {
     "adapter": "adapter_name_or_path",
     "train": "train_stores",
     "validation": "eval_stores",
+    "component": "component_name",
 }
 
 

@@ -310,7 +310,7 @@ class RunConfig(BaseModel):
         "dataflex.selectors, or a class as package.module:Class.",
     )
     selector: Annotated[
-        str, AfterValidator(_of_table(selectors.check_name)), Key(Decides.SCORES, used_by=("dynamic",))
+        str, AfterValidator(_of_table(selectors.check_name)), Key(Decides.SCORES, used_by=("dynamic", "score"))
     ] = "less"
     """The algorithm behind component_name (its `name` in components_cfg_file)."""
     warmup_step: Annotated[NonNegativeInt, Key(Decides.TRAINING, used_by=("warmup", "dynamic"))] = 10

@@ -9,15 +9,18 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from dataflex import processes
 from dataflex.config import RunConfig, needed
 from dataflex.data.examples import Split
+from dataflex.data.rows import supervised_tokens
 from dataflex.errors import UsageError
 from dataflex.files import check_room, read_jsonl, write_jsonl
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.passes import mean_loss
-from dataflex.influence.scores import best_rows, score_records
+from dataflex.influence.score_table import read_score_table, write_score_table
+from dataflex.influence.scores import best_rows, length_correlation, score_records
 from dataflex.model import compute_dtype, device
 from dataflex.needs import check_needs
 from dataflex.outline import Outline, note_gradient_pass, note_store
@@ -68,10 +71,7 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
             rows_per_step=schedule.rows_per_step,
             rows=len(run.train.examples),
             pool=count_by_dataset(run.train, range(len(run.train.examples))),
-            selections=[
-                {"step": step, "rows": len(chosen), "picked": count_by_dataset(run.train, chosen)}
-                for step, chosen in selections.made.items()
-            ],
+            selections=selections.facts(),
             eval_rows=len(needed(run.validation).examples),
             eval_loss={**record.facts["eval_loss"], "after": loss_after},
         )
@@ -171,6 +171,26 @@ class _Selections:
             if step <= resumed_at and path.is_file():
                 self.made[step] = [indices[line["row"]] for line in read_jsonl(path, "selection")]
 
+    def facts(self) -> list[dict[str, Any]]:
+        """What run.json says of each selection. `length_correlation` is Spearman's, of all scores with supervised
+        tokens."""
+        return [
+            {
+                "step": step,
+                "rows": len(chosen),
+                "picked": count_by_dataset(self.run.train, chosen),
+                "length_correlation": self._length_correlation(step),
+            }
+            for step, chosen in self.made.items()
+        ]
+
+    def _length_correlation(self, step: int) -> float | None:
+        scores, tokens = read_score_table(self._table(step))
+        return length_correlation(scores.score, tokens)
+
+    def _table(self, step: int) -> Path:
+        return self.folder / "selections" / f"step-{step}.parquet"
+
     def rows_of(self, step: int) -> list[int]:
         """Indices of the rows that `step` trains on."""
         return scheduled_rows(self.schedule, step, len(self.run.train.examples), self.run.config.seed, self.made)
@@ -207,10 +227,13 @@ class _Selections:
         scores = score_rows(self.selector, situation)
         best = best_rows(scores, self.schedule.rows_per_selection)
         if processes.rank() == 0:
+            write_score_table(self._table(step), scores, supervised_tokens(run.train.examples))
             write_jsonl(self.folder / "selections" / f"step-{step}.jsonl", score_records(scores, best))
             if config.cache_dir is None:
                 shutil.rmtree(self.folder / "gradients", ignore_errors=True)
         picked = count_by_dataset(run.train, best)
         shares = ", ".join(f"{count} {name}" for name, count in picked.items())
-        run.progress.say(f"step {step}: selected {len(best)} rows: {shares}")
+        correlation = length_correlation(scores.score, supervised_tokens(run.train.examples))
+        likes = "" if correlation is None else f"; correlation of score and length {correlation:+.2f}"
+        run.progress.say(f"step {step}: selected {len(best)} rows: {shares}{likes}")
         return best

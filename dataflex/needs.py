@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Literal
 
 from dataflex.adapter_files import adapter_folder
 from dataflex.config import RunConfig, needed, require
@@ -21,6 +22,7 @@ from dataflex.influence.pairs import open_weighted
 from dataflex.model_files import check_weights
 from dataflex.projection.table import PROJECTORS
 from dataflex.provenance import read_record, was_begun
+from dataflex.selectors.table import compares, parts_of
 from dataflex.store.reader import GradientStore
 from dataflex.training.deepspeed_file import read_deepspeed
 from dataflex.training.moments import FILE_NAME as MOMENTS
@@ -92,7 +94,8 @@ def _check_grads(config: RunConfig) -> None:
 def _check_score(config: RunConfig) -> None:
     require(config, "score")
     check_output_file(needed(config.output), config.overwrite)
-    if not config.exact:
+    how = scoring_way(config)
+    if how == "stores":
         require(config, "score", "train_stores", "eval_stores")
         for train, validation in open_weighted(config)[0]:
             train.close()
@@ -100,14 +103,30 @@ def _check_score(config: RunConfig) -> None:
         return
     if config.train_stores or config.eval_stores:
         raise UsageError("exact scores need no stores; give either --exact with --checkpoint, or --train and --eval")
-    require(config, "score --exact", "model_name_or_path", "dataset", "eval_dataset", "checkpoint")
-    check_precision(config)
+    less = how == "exact" or "less" in parts_of(config.selector)
+    what = "score --exact" if how == "exact" else f"score --selector {config.selector}"
+    require(config, what, "model_name_or_path", "dataset", *(["checkpoint"] if less else []))
     check_rows(config, "train")
-    check_rows(config, "eval")
+    if less or compares(config.selector):
+        check_rows(config, "eval")
     check_weights(config)
+    for path in config.checkpoint or []:
+        adapter_folder(path)
+    if not less:
+        return
+    check_precision(config)
     for path in needed(config.checkpoint):
         for gradient_type in (config.gradient_type, config.eval_gradient_type):
             check_checkpoint(path, gradient_type)
+
+
+def scoring_way(config: RunConfig) -> Literal["stores", "exact", "selector"]:
+    """Where `score` takes its scores from: gradient stores; whole gradients; or the selector that `component_name`
+    names."""
+    if config.exact:
+        return "exact"
+    stores = config.train_stores or config.eval_stores
+    return "selector" if "component_name" in config.model_fields_set and not stores else "stores"
 
 
 def _check_select(config: RunConfig) -> None:

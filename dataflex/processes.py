@@ -5,9 +5,12 @@ One process is a team of one, so callers are written once. `environment` says ho
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dataflex.environment import launched, local_rank, world_size
@@ -114,6 +117,18 @@ def advance(task: Task, amount: int = 1, **shown: Any) -> None:
             stop = Interrupted(int(exit_code))
     if stop is not None:
         raise stop
+
+
+@contextlib.contextmanager
+def shared_folder(parent: Path) -> Iterator[Path]:
+    """A folder in `parent` that all processes see, made for the block and removed after it. Collective."""
+    with contextlib.ExitStack() as stack:
+        name = ""
+        if rank() == 0:
+            parent.mkdir(parents=True, exist_ok=True)
+            name = stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".scoring."))
+        yield Path(broadcast(name))
+        barrier()
 
 
 def my_turns(items: Sequence[T]) -> list[T | None]:

@@ -179,7 +179,7 @@ def influence(
     Returns:
         scores [N], and the weighted sum [N] of each subtask; float64.
     """
-    total = _weighted_sum(weights, cosines)
+    total = weighted_sum(weights, cosines)
     if how == "rows":
         by_subtask = dict(zip(*subtask_means(labels, total), strict=True))
         return round_robin(total[~np.isnan(total).all(axis=1)]), by_subtask
@@ -187,10 +187,10 @@ def influence(
     if how == "round-robin":
         return round_robin(total), by_subtask
     reduced = [reduce_subtasks(values.astype(np.float64), how) for values in cosines]
-    return _weighted_sum(weights, reduced), by_subtask
+    return weighted_sum(weights, reduced), by_subtask
 
 
-def _weighted_sum(weights: Sequence[float], values: Sequence[np.ndarray]) -> np.ndarray:
+def weighted_sum(weights: Sequence[float], values: Sequence[np.ndarray]) -> np.ndarray:
     """Σ weight · value in float64."""
     total = np.zeros(values[0].shape)
     for weight, value in zip(weights, values, strict=True):
@@ -208,6 +208,21 @@ def scores_of(
         subtasks=dict(by_subtask),
         dataset=[example.dataset for example in examples] if several else None,
     )
+
+
+def length_correlation(score: np.ndarray, tokens: np.ndarray) -> float | None:
+    """Spearman's correlation of scores [N] with supervised tokens [N], rows without a score left out; None where one of
+    both is the same throughout. Near 1, a selector likes long rows."""
+    good = np.isfinite(score)
+    if not good.any() or np.ptp(score[good]) == 0 or np.ptp(tokens[good]) == 0:
+        return None
+    return float(np.corrcoef(_ranks(score[good]), _ranks(tokens[good]))[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """[N] the position of each value in ascending order; equal values share their mean position."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
 
 
 def ranking(row: np.ndarray, score: np.ndarray) -> np.ndarray:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from dataflex import processes
 from dataflex.config import RunConfig, needed
 from dataflex.data.examples import Split, dated
+from dataflex.data.rows import supervised_tokens
 from dataflex.gradients.capture import Capture
 from dataflex.gradients.collect import checkpoint_capture, manifest_of
 from dataflex.gradients.direction import make_direction
@@ -18,13 +19,25 @@ from dataflex.gradients.probe import check_capture
 from dataflex.gradients.reference import reference_weights
 from dataflex.influence.exact import exact_cosines
 from dataflex.influence.pairs import open_weighted
-from dataflex.influence.scores import Scores, influence, parse_weights, scores_of, settle, write_scores
+from dataflex.influence.scores import (
+    Scores,
+    influence,
+    length_correlation,
+    parse_weights,
+    scores_of,
+    settle,
+    write_scores,
+)
 from dataflex.influence.sidecar import write_with_manifest
 from dataflex.influence.stored import stored_cosines
-from dataflex.needs import check_needs
+from dataflex.model import load_tokenizer
+from dataflex.needs import check_needs, scoring_way
 from dataflex.outline import outline
 from dataflex.planning import Plan, read_rows
 from dataflex.progress import SILENT, Progress
+from dataflex.selectors.combined import combine
+from dataflex.selectors.standalone import scores_of_selector
+from dataflex.selectors.table import compares, make_selector, parts_of
 from dataflex.store.reader import GradientStore
 from dataflex.training.moments import AdamMoments, load_moments
 
@@ -32,25 +45,38 @@ from dataflex.training.moments import AdamMoments, load_moments
 def score(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Score the training rows and write the score file `output`; return its path.
 
-    With `exact` the gradients are taken here, at each of `checkpoint`; else they come from
-    `train_stores` and `eval_stores`, paired in order.
+    From `train_stores` and `eval_stores`, paired in order, or where these are not given by the selector
+    `component_name`, which takes what it needs at each of `checkpoint`. `exact` is the selector `less` with plain keys.
     """
     ready = prepare_score(config, Plan("score"), progress)
     path = Path(needed(config.output))
     if isinstance(ready, StoredScoring):
-        scores, came_from = _stored_scores(config, ready, progress)
+        found = _stored_scores(config, ready, progress)
+    elif isinstance(ready, ExactScoring):
+        found = _exact_scores(ready, progress)
     else:
-        scores, came_from = _exact_scores(ready, progress)
+        found = _selected_scores(ready, progress)
+    scores = found.scores
     skipped = int(np.isnan(scores.score).sum())
     if skipped:
         progress.say(f"{skipped} of {len(scores.row)} rows have no gradient that can be scored; they are left out")
     if processes.rank() == 0:
-        listed = len(scores.row) - skipped
         settings = {key: getattr(config, key) for key in ("reduce", "normalise", "contrast")}
-        came_from = {"command": "score", **settings, **came_from}
-        write_with_manifest(path, lambda: write_scores(scores, path), listed, came_from)
+        correlation = length_correlation(scores.score, found.tokens)
+        came_from = {"command": "score", "length_correlation": correlation, **settings, **found.came_from}
+        write_with_manifest(path, lambda: write_scores(scores, path), len(scores.row) - skipped, came_from)
     processes.barrier()
     return path
+
+
+@dataclass(frozen=True)
+class Found:
+    """Scores, and what is told of them."""
+
+    scores: Scores
+    tokens: np.ndarray
+    """[N] supervised tokens of each row."""
+    came_from: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,10 +102,39 @@ class ExactScoring:
     weights: list[float]
 
 
-def prepare_score(config: RunConfig, plan: Plan, progress: Progress = SILENT) -> StoredScoring | ExactScoring:
+@dataclass(frozen=True)
+class SelectedScoring:
+    """Rows that a selector can score."""
+
+    config: RunConfig
+    tokenizer: Any
+    train: Split
+    validation: Split | None
+    exact: ExactScoring | None
+    """For `less`."""
+
+
+def prepare_score(
+    config: RunConfig, plan: Plan, progress: Progress = SILENT
+) -> StoredScoring | ExactScoring | SelectedScoring:
     """Find out and check everything that `score` needs; nothing is written."""
     check_needs(config, "score")
-    return _prepare_exact(config, plan, progress) if config.exact else StoredScoring(*open_weighted(config))
+    how = scoring_way(config)
+    if how == "stores":
+        return StoredScoring(*open_weighted(config))
+    if how == "exact":
+        return _prepare_exact(config, plan, progress)
+    if not plan.dry_run:
+        processes.join(config.ddp_timeout)
+    make_selector(config.selector)
+    if "less" in parts_of(config.selector):
+        exact = _prepare_exact(config, plan, progress)
+        tokenizer = load_tokenizer(exact.config, local_only=plan.dry_run)
+        return SelectedScoring(exact.config, tokenizer, exact.train, exact.validation, exact)
+    config = dated(config)
+    names: list[Literal["train", "eval"]] = ["train", "eval"] if compares(config.selector) else ["train"]
+    tokenizer, splits = read_rows(config, names, plan, progress)
+    return SelectedScoring(config, tokenizer, splits["train"], splits.get("eval"), None)
 
 
 def _prepare_exact(config: RunConfig, plan: Plan, progress: Progress) -> ExactScoring:
@@ -101,7 +156,7 @@ def _prepare_exact(config: RunConfig, plan: Plan, progress: Progress) -> ExactSc
     return ExactScoring(config, first, splits["train"], splits["eval"], moments, weights)
 
 
-def _stored_scores(config: RunConfig, ready: StoredScoring, progress: Progress) -> tuple[Scores, dict[str, Any]]:
+def _stored_scores(config: RunConfig, ready: StoredScoring, progress: Progress) -> Found:
     pairs, weights = ready.pairs, ready.weights
     scratch = Path(needed(config.output)).parent
     cosines: list[np.ndarray] = []
@@ -122,10 +177,10 @@ def _stored_scores(config: RunConfig, ready: StoredScoring, progress: Progress) 
             {"train": ours.manifest.summary(), "eval": theirs.manifest.summary()} for ours, theirs in pairs
         ],
     }
-    return Scores(train.row, total, by_subtask, train.dataset), came_from
+    return Found(Scores(train.row, total, by_subtask, train.dataset), train.tokens, came_from)
 
 
-def _exact_scores(ready: ExactScoring, progress: Progress) -> tuple[Scores, dict[str, Any]]:
+def _exact_scores(ready: ExactScoring, progress: Progress) -> Found:
     config, splits, weights = ready.config, (ready.train, ready.validation), ready.weights
     train, validation = (split.examples for split in splits)
     made: list[dict[str, Any]] = []
@@ -163,4 +218,30 @@ def _exact_scores(ready: ExactScoring, progress: Progress) -> tuple[Scores, dict
         )
     total, by_subtask = influence(cosines, weights, config.reduce, labels)
     came_from = {"files": splits[0].files, "weights": weights, "checkpoints": made}
-    return scores_of(train, len(needed(config.dataset)) > 1, total, by_subtask), came_from
+    scores = scores_of(train, len(needed(config.dataset)) > 1, total, by_subtask)
+    return Found(scores, supervised_tokens(train), came_from)
+
+
+def _selected_scores(ready: SelectedScoring, progress: Progress) -> Found:
+    config = ready.config
+    came_from: dict[str, Any] = {
+        "selector": config.selector,
+        "files": ready.train.files,
+        "data": {"train": ready.train.fingerprint, "eval": ready.validation.fingerprint if ready.validation else None},
+    }
+    folder = Path(needed(config.output)).parent
+    with processes.shared_folder(folder) as memory:
+        parts: list[Scores] = []
+        for name in parts_of(config.selector):
+            if name == "less":
+                found = _exact_scores(needed(ready.exact), progress)
+                parts.append(found.scores)
+                came_from |= found.came_from
+            else:
+                parts.append(
+                    scores_of_selector(name, config, ready.tokenizer, ready.train, ready.validation, memory, progress)
+                )
+    tokens = supervised_tokens(ready.train.examples)
+    if len(parts) == 1:
+        return Found(parts[0], tokens, came_from)
+    return Found(replace(parts[0], score=combine([part.score for part in parts]), subtasks={}), tokens, came_from)

@@ -32,6 +32,12 @@ def write_with_manifest(path: Path, write: Callable[[], None], rows: int, came_f
     write_json(place_of(path), {**facts, **came_from})
 
 
+def facts_of(path: Path) -> dict[str, Any]:
+    """The manifest of a file that was just written."""
+    facts: dict[str, Any] = json.loads(place_of(path).read_text(encoding="utf-8"))
+    return facts
+
+
 def read_manifest(path: Path, rows: int, progress: Progress) -> dict[str, Any] | None:
     """What `path`, which has `rows` rows, came from; None where that is not known.
 

@@ -21,8 +21,6 @@ _WORD = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 class Bm25Selector:
     """Each validation row asks for the training rows; the text is that of the encoded rows, prompt and response."""
 
-    needs_checkpoint = False
-
     def score(self, situation: Situation) -> Scores:
         return once(situation, "bm25", [situation.train.facts.get("tokenizer")], lambda: _scores(situation))
 

@@ -16,11 +16,6 @@ class CombinedSelector:
     def __init__(self, selectors: Sequence[Selector]) -> None:
         self.selectors = list(selectors)
 
-    @property
-    def needs_checkpoint(self) -> bool:
-        """Whether one of the selectors does."""
-        return any(getattr(selector, "needs_checkpoint", True) for selector in self.selectors)
-
     def score(self, situation: Situation) -> Scores:
         parts = [selector.score(situation) for selector in self.selectors]
         return situation.scores(combine([part.score for part in parts]))

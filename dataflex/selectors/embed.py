@@ -26,8 +26,6 @@ AT_ONCE = 256  # rows between two signs of progress
 class EmbedSelector:
     """The model of `embed_model` reads the text of each row once a run."""
 
-    needs_checkpoint = False
-
     def score(self, situation: Situation) -> Scores:
         name = situation.config.embed_model
         if name is None:

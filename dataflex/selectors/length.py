@@ -10,7 +10,5 @@ from dataflex.selectors.protocol import Situation
 class LengthSelector:
     """A row's score is the number of its supervised tokens."""
 
-    needs_checkpoint = False
-
     def score(self, situation: Situation) -> Scores:
         return situation.scores(supervised_tokens(situation.train.examples))

@@ -21,8 +21,6 @@ from dataflex.selectors.similarity import cosines, once, scores_of_similarities
 class RdsSelector:
     """The frozen base model reads each row; the adapter takes no part, so a run does this once."""
 
-    needs_checkpoint = False
-
     def score(self, situation: Situation) -> Scores:
         base_model, _ = base_model_fingerprint(situation.config, situation.progress)
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from dataflex.errors import UsageError
 from dataflex.named import Named, suggestion
@@ -21,18 +22,69 @@ if TYPE_CHECKING:
 GROUP = "dataflex.selectors"
 FORM = "package.module:Class"
 
+
+@dataclass(frozen=True)
+class NamedSelector(Named):
+    """A selector of the table, and what it looks at."""
+
+    reads: Literal["rows", "base", "adapter"]
+    """The rows alone, the frozen base model, or the model with its adapter."""
+    compares: bool
+    """Whether it compares rows with validation rows."""
+    cost: str
+    """Of a selection, where the forward and backward pass of each row is 1."""
+
+
 SELECTORS = {
-    "less": Named(
-        "dataflex.selectors.less:LessSelector", "rows whose Adam step points where the validation gradient points"
+    "less": NamedSelector(
+        "dataflex.selectors.less:LessSelector",
+        "rows whose Adam step points where the validation gradient points",
+        reads="adapter",
+        compares=True,
+        cost="1",
     ),
-    "random": Named("dataflex.selectors.random:RandomSelector", "rows by chance, as a baseline"),
-    "rds": Named("dataflex.selectors.rds:RdsSelector", "rows whose hidden states are near the validation rows'"),
-    "bm25": Named("dataflex.selectors.bm25:Bm25Selector", "rows that share rare words with the validation rows"),
-    "embed": Named(
-        "dataflex.selectors.embed:EmbedSelector", "rows whose sentence embeddings are near the validation rows'"
+    "random": NamedSelector(
+        "dataflex.selectors.random:RandomSelector",
+        "rows by chance, as a baseline",
+        reads="rows",
+        compares=False,
+        cost="0",
     ),
-    "loss": Named("dataflex.selectors.loss:LossSelector", "rows of high, medium or low loss (loss_band)"),
-    "length": Named("dataflex.selectors.length:LengthSelector", "rows with many supervised tokens, as a control"),
+    "rds": NamedSelector(
+        "dataflex.selectors.rds:RdsSelector",
+        "rows whose hidden states are near the validation rows'",
+        reads="base",
+        compares=True,
+        cost="0.5, once a run",
+    ),
+    "bm25": NamedSelector(
+        "dataflex.selectors.bm25:Bm25Selector",
+        "rows that share rare words with the validation rows",
+        reads="rows",
+        compares=True,
+        cost="0, once a run",
+    ),
+    "embed": NamedSelector(
+        "dataflex.selectors.embed:EmbedSelector",
+        "rows whose sentence embeddings are near the validation rows'",
+        reads="rows",
+        compares=True,
+        cost="the embedding model's forward pass, once a run",
+    ),
+    "loss": NamedSelector(
+        "dataflex.selectors.loss:LossSelector",
+        "rows of high, medium or low loss (loss_band)",
+        reads="adapter",
+        compares=False,
+        cost="0.5",
+    ),
+    "length": NamedSelector(
+        "dataflex.selectors.length:LengthSelector",
+        "rows with many supervised tokens, as a control",
+        reads="rows",
+        compares=False,
+        cost="0",
+    ),
 }
 
 
@@ -73,6 +125,17 @@ def source_of(name: str) -> str:
 def parts_of(name: str) -> list[str]:
     """The selectors that `a+b` names; `name` alone where it is one."""
     return name.split("+")
+
+
+def reads_of(name: str) -> set[str]:
+    """What the selectors of `name` look at, as `NamedSelector.reads` says; a selector of another package may look at
+    anything."""
+    return {SELECTORS[part].reads if part in SELECTORS else "adapter" for part in parts_of(name)}
+
+
+def compares(name: str) -> bool:
+    """Whether a selector of the table that `name` names compares rows with validation rows."""
+    return any(SELECTORS[part].compares for part in parts_of(name) if part in SELECTORS)
 
 
 def check_name(name: str) -> str:

@@ -214,8 +214,13 @@ class TestComplaints:
         write("parts.yaml", "selectors:\n  a: {name: less}\n  b: {name: random}\n")
         said = complaint(overrides=["components_cfg_file=parts.yaml", "component_name=c"])
         assert "no 'c' in components file parts.yaml; it has a, b" in said
-        said = complaint(overrides=["component_name=loss"])
-        assert "no selector 'loss'; there are less, random, and package.module:Class; did you mean 'less'?" in said
+        said = complaint(overrides=["component_name=losss"])
+        assert "no selector 'losss'; there are less, random, rds, " in said
+        assert "less-contrast, " in said and said.endswith("and package.module:Class; did you mean 'loss'?")
+
+    def test_a_packaged_component_is_a_selector_and_its_keys(self):
+        config = load_config(overrides=["component_name=less-contrast-rds", "contrast=16"])
+        assert (config.selector, config.marginal, config.contrast) == ("less+rds", True, 16)
 
 
 class TestPaths:

@@ -88,9 +88,17 @@ SELECTORS = {
 }
 
 
+PACKAGED = {
+    "less-contrast": {"name": "less", "params": {"marginal": True, "contrast": "pool"}},
+    "less-contrast-rds": {"name": "less+rds", "params": {"marginal": True, "contrast": "pool"}},
+}
+"""Components beside the selectors themselves: a selector and keys that find more together."""
+
+
 def packaged_components() -> dict[str, dict[str, Any]]:
-    """What `component_name` can name without a components file: each selector of the table, with no parameters."""
-    return {name: {"name": name, "params": {}} for name in SELECTORS}
+    """The components that `component_name` can name without a components file: each selector of the table with no
+    parameters, and PACKAGED."""
+    return {**{name: {"name": name, "params": {}} for name in SELECTORS}, **PACKAGED}
 
 
 def source_of(name: str) -> str:
@@ -109,7 +117,7 @@ def source_of(name: str) -> str:
     points = entry_points(group=GROUP)
     found = [point for point in points if point.name == name]
     if not found:
-        names = [*SELECTORS, *sorted({point.name for point in points} - SELECTORS.keys())]
+        names = [*packaged_components(), *sorted({point.name for point in points} - SELECTORS.keys())]
         raise UsageError(f"no selector {name!r}; there are {', '.join(names)}, and {FORM}{suggestion(name, names)}")
     sources = {point.value.partition("[")[0].replace(" ", "") for point in found}
     if len(sources) > 1:

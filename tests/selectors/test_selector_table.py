@@ -15,7 +15,7 @@ from dataflex.config import help_of
 from dataflex.errors import UsageError
 from dataflex.planning import plan
 from dataflex.projection.table import PROJECTORS
-from dataflex.selectors.table import SELECTORS, find, make_selector, packaged_components, source_of
+from dataflex.selectors.table import PACKAGED, SELECTORS, find, make_selector, packaged_components, source_of
 
 FRESH = itertools.count()
 
@@ -56,11 +56,17 @@ def test_every_selector_of_the_table_can_be_made():
         assert isinstance(make_selector(name), found)
 
 
-def test_table_components_configuration_and_help_agree(run_cli):
-    assert list(packaged_components()) == list(SELECTORS)
+def test_table_components_configuration_and_help_agree(run_cli, repo):
+    assert list(packaged_components()) == [*SELECTORS, *PACKAGED]
+    readme = (repo / "README.md").read_text(encoding="utf-8")
     for name, entry in SELECTORS.items():
         assert load_config(overrides=[f"component_name={name}"]).selector == name
         assert f"{name}: {entry.help}." in help_of("component_name")
+        assert f"| `{name}` | {entry.help} | {entry.cost} |" in readme
+    for name, component in PACKAGED.items():
+        assert load_config(overrides=[f"component_name={name}"]).selector == component["name"]
+        assert f"| `{name}` |" in readme
+        assert f" {name}: " in help_of("component_name")
     shown = " ".join(run_cli("dynamic", "--help", env={"COLUMNS": "400"}).stdout.split())
     for name, entry in PROJECTORS.items():
         assert f"{name}: {entry.help}." in help_of("projector")
@@ -80,7 +86,8 @@ class TestNames:
     def test_an_unknown_name_lists_what_there_is(self, package):
         package("somebody", mine="somewhere:Loss")
         with pytest.raises(
-            UsageError, match=r"no selector 'lees'; there are less, .*length, mine, and package\.module"
+            UsageError,
+            match=r"no selector 'lees'; there are less, .*length, less-contrast, .*mine, and package\.module",
         ):
             find("lees")
         with pytest.raises(UsageError, match=r"key 'component_name': no selector 'randm'.*did you mean 'random'\?$"):

@@ -306,7 +306,7 @@ class RunConfig(BaseModel):
     component_name: Annotated[str, AS_RUN] = Field(
         "less",
         description=f"Which selector picks the rows. {listing(selectors.SELECTORS)} a+b: the mean of the z-scores of "
-        "several, as less+rds. less-contrast: less with marginal and contrast pool. less-contrast-rds: less-contrast and "
+        "several, as less+rds. less-contrast: less with marginal and contrast pool. less-contrast-rds: both this and "
         "rds. Or a name in components_cfg_file, the name of an entry point of the group "
         "dataflex.selectors, or a class as package.module:Class.",
     )

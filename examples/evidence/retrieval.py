@@ -3,9 +3,9 @@
     .venv/bin/python examples/evidence/retrieval.py --seeds 1 2 3
 
 The pool is 40 rows each of general instructions in English and in Chinese, of questions about the model's identity and
-of tool calls; 10 other rows of each kind are the target in turn. SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers,
-256 tokens, 10 warm-up steps of 4 rows. Every direction is whole: nothing is projected. About 4 minutes a seed on two
-cores, 2 GB of disk in --folder. A seed that is done is read from --folder.
+of tool calls; 10 other rows of each kind are the target in turn. SmolLM2-135M-Instruct, LoRA rank 16 on all linear
+layers, 256 tokens, 10 warm-up steps of 4 rows. Every direction is whole: nothing is projected. About 4 minutes a seed
+on two cores, 2 GB of disk in --folder. A seed that is done is read from --folder.
 """
 
 from __future__ import annotations

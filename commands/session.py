@@ -215,7 +215,7 @@ def _warnings_to(console: Console, debug: bool) -> Iterator[None]:
     ours = (Path(dataflex.__file__).parent, Path(__file__).parent)  # two places where the install is editable
 
     def show(message: Any, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
-        if category is UserWarning and any(Path(filename).is_relative_to(place) for place in ours):
+        if category is UserWarning and any(Path(filename).is_relative_to(folder) for folder in ours):
             console.warning(str(message))
 
     with warnings.catch_warnings():

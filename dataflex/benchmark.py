@@ -136,11 +136,11 @@ def _budget_for_both(capture: Capture, base_parameters: int) -> int:
     return budget
 
 
-def matmul_speed(place: torch.device, dtype: torch.dtype) -> float:
+def matmul_speed(target: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of one large matrix product, the best of some: what the gradients' share is taken of."""
-    size = 8192 if place.type == "cuda" else 2048
-    left, right = (torch.randn(size, size, device=place).to(dtype) for _ in range(2))
-    clock = _Clock(place)
+    size = 8192 if target.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=target).to(dtype) for _ in range(2))
+    clock = _Clock(target)
     for _ in range(8):
         with clock.part("product"):
             left @ right
@@ -150,15 +150,15 @@ def matmul_speed(place: torch.device, dtype: torch.dtype) -> float:
 def sample(batches: Sequence[list[int]]) -> list[list[int]]:
     """At most MOST_BATCHES batches, spread evenly from the longest rows to the shortest."""
     count = min(MOST_BATCHES, len(batches))
-    return [batches[round(place * (len(batches) - 1) / max(1, count - 1))] for place in range(count)]
+    return [batches[round(index * (len(batches) - 1) / max(1, count - 1))] for index in range(count)]
 
 
 class _Clock:
     """Seconds by part. Of a GPU, those between two marks in its queue: it is not waited for, so that timing a part
     does not slow the whole."""
 
-    def __init__(self, place: torch.device) -> None:
-        self.cuda = place.type == "cuda"
+    def __init__(self, target: torch.device) -> None:
+        self.cuda = target.type == "cuda"
         self.spans: list[tuple[str, Any, Any]] = []
 
     @contextlib.contextmanager
@@ -238,9 +238,9 @@ class _TimedProjector:
 
 
 @contextlib.contextmanager
-def _peak_memory(place: torch.device, peaks: dict[str, int], name: str) -> Iterator[None]:
+def _peak_memory(target: torch.device, peaks: dict[str, int], name: str) -> Iterator[None]:
     """Note the most memory held while the block ran: the GPU's, or this process's resident memory."""
-    if place.type == "cuda":
+    if target.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         yield
         peak = torch.cuda.max_memory_allocated()

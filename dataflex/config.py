@@ -151,69 +151,70 @@ class RunConfig(BaseModel):
     trust_remote_code: Annotated[bool, MODEL] = False
     """Allow the model's repository to run its own code."""
     flash_attn: Annotated[Literal["auto", "disabled", "sdpa", "fa2", "fa3"], MODEL] = "auto"
-    """Attention kernel; `auto` lets transformers choose, `disabled` is its eager code."""
+    """Attention kernel. auto: transformers' choice. disabled: eager code. sdpa: torch's. fa2, fa3: FlashAttention."""
     quantization_bit: Annotated[Literal[4, 8] | None, MODEL] = None
-    """Load the frozen base in so many bits (QLoRA); needs the package bitsandbytes."""
+    """Bits of the frozen base model's weights (QLoRA), through the package bitsandbytes. null: not quantized."""
     quantization_method: Annotated[Literal["bnb"], MODEL] = "bnb"
-    """What quantizes the base on loading: bitsandbytes."""
+    """Library that quantizes the base model. bnb: bitsandbytes."""
     quantization_type: Annotated[Literal["nf4", "fp4"], MODEL] = "nf4"
-    """Number format of a 4-bit base."""
+    """Number format of a 4-bit base model. nf4: normal float. fp4: float."""
     double_quantization: Annotated[bool, MODEL] = True
-    """Quantize the scales of a 4-bit base as well."""
+    """Quantize the scales of a 4-bit base model too."""
     upcast_layernorm: Annotated[bool, MODEL] = False
     """Keep the layer norms of the base model in float32."""
 
     # --- method ----------------------------------------------------------------------------
     stage: Annotated[Literal["sft"], _only("sft", "rows are scored by its loss"), TRAINING] = "sft"
-    """Training stage; supervised fine-tuning is the one there is."""
+    """Training stage. sft: supervised fine-tuning, the only stage."""
     do_train: Annotated[bool, AS_RUN] = True
-    """Read from LLaMA-Factory's files and ignored; the command decides the work."""
+    """Ignored: the command decides what is done. LLaMA-Factory's files have the key."""
     finetuning_type: Annotated[Literal["lora"], _only("lora", "gradients are taken at LoRA pairs"), TRAINING] = "lora"
-    """Gradients are taken at LoRA pairs, so `lora` is the one there is."""
+    """Fine-tuning method. lora: LoRA pairs, at which gradients are taken; the only method."""
     lora_target: Annotated[Names, Field(min_length=1), TRAINING] = ["all"]
     """Modules that get a LoRA pair: names by comma, or `all` linear layers but the output head."""
     lora_rank: Annotated[PositiveInt, TRAINING] = 8
     """Rank r of each LoRA pair."""
     lora_alpha: Annotated[PositiveFloat | None, TRAINING] = None
-    """LoRA scale is alpha/r; 2·r when left out."""
+    """Numerator of the LoRA scale lora_alpha / lora_rank. null: twice lora_rank."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1), TRAINING] = 0.0
     """Dropout before each LoRA pair in training; always off while gradients are collected."""
     use_rslora: Annotated[bool, TRAINING] = False
-    """Scale by alpha/sqrt(r) instead of alpha/r."""
+    """true: scale by lora_alpha / sqrt(lora_rank). false: by lora_alpha / lora_rank."""
 
     # --- data ------------------------------------------------------------------------------
     dataset: Annotated[Names | None, Key(Decides.ROWS, path="input", needed_by=(*TRAINS, "bench"))] = None
-    """Training data by comma: names in dataset_info.json, or json/jsonl files."""
+    """Training datasets, separated by commas: names in dataset_info.json, or data files."""
     eval_dataset: Annotated[Names | None, Key(Decides.ROWS, path="input", needed_by=("dynamic",))] = None
-    """Validation data that selection aims at, written like `dataset`."""
+    """Validation datasets, at which the selection aims; written like `dataset`. null: none, or those of val_size."""
     dataset_dir: Annotated[str, Key(Decides.ROWS, path="input", used_by=(*USERS[Decides.ROWS], "select"))] = "data"
     """Folder that holds dataset_info.json and the files it names."""
     template: Annotated[str | None, Key(Decides.ROWS, used_by=(*USERS[Decides.ROWS], "merge"))] = None
-    """Chat template by LLaMA-Factory's name; the tokenizer's own when left out."""
+    """Chat template by LLaMA-Factory's name. null: the template of the tokenizer."""
     cutoff_len: Annotated[PositiveInt, ROWS] = 2048
     """Longest row in tokens; longer ones are truncated as LLaMA-Factory does, and counted."""
     mix_strategy: Annotated[Literal["concat"], ROWS] = "concat"
-    """How several datasets become one. concat: one after the other."""
+    """How several datasets become one. concat: they follow each other."""
     max_samples: Annotated[PositiveInt | None, ROWS] = None
-    """Use only the first rows of each dataset."""
+    """Rows used of each dataset, from its first row on. null: all rows."""
     train_on_prompt: Annotated[bool, ROWS] = False
     """Supervise prompts as well as responses."""
     mask_history: Annotated[bool, ROWS] = False
     """Supervise the last response of a conversation only."""
     enable_thinking: Annotated[bool | None, ROWS] = True
-    """In templates with thoughts, learn an empty one where there is none; null prompts it, false drops them all."""
+    """For templates with thoughts. true: learn an empty thought where a response has none. null: put the empty thought
+    in the prompt. false: drop all thoughts."""
     preserve_thinking: Annotated[bool, ROWS] = False
-    """With mask_history, keep the thoughts of earlier responses, which are taken out otherwise."""
+    """With mask_history. true: keep the thoughts of earlier responses. false: drop them."""
     prompt_date: Annotated[date | None, ROWS] = None
-    """The day that a dated prompt tells, as 2026-01-31; when left out the day on which the run or the store began."""
+    """Date in the prompt of a dated template, as 2026-01-31. null: the day on which the run or the store began."""
     val_size: Annotated[float, Field(ge=0), ROWS] = 0.0
     """Hold out this share of `dataset`, or this many rows from 1 on, as validation data in place of eval_dataset."""
     overwrite_cache: Annotated[bool, AS_RUN] = False
-    """Tokenize again even where a cached result fits."""
+    """true: tokenize again. false: take the tokens from the cache where they are the same."""
     preprocessing_num_workers: Annotated[PositiveInt | None, AS_RUN] = None
     """Processes that tokenize; never more than there are cores."""
     dataloader_num_workers: Annotated[NonNegativeInt, AS_RUN] = 0
-    """Processes that load evaluation batches during training; training rows are in memory."""
+    """Processes that load evaluation batches during training; 0: the training process itself."""
 
     # --- training --------------------------------------------------------------------------
     output_dir: Annotated[str | None, Key(Decides.NOTHING, path="output", needed_by=TRAINS)] = None
@@ -256,7 +257,7 @@ class RunConfig(BaseModel):
     adam_epsilon: Annotated[PositiveFloat, TRAINING] = 1e-8
     """AdamW's epsilon."""
     max_grad_norm: Annotated[NonNegativeFloat, TRAINING] = 1.0
-    """Clip the batch gradient at this norm; 0 turns it off."""
+    """Largest norm of a batch's gradient; a larger gradient is scaled down. 0: no limit."""
     bf16: Annotated[bool, MODEL] = False
     """Compute in bfloat16; LoRA weights, moments and projections stay float32."""
     fp16: Annotated[bool, MODEL] = False
@@ -268,41 +269,41 @@ class RunConfig(BaseModel):
     gradient_checkpointing: Annotated[bool, AS_RUN] = True
     """Recompute activations in the backward pass of training: slower, less memory."""
     neftune_noise_alpha: Annotated[NonNegativeFloat | None, TRAINING] = None
-    """Noise on the embeddings in training; always off while gradients are collected."""
+    """Scale of NEFTune's noise on the embeddings in training; gradients are taken without it. null: no noise."""
     logging_steps: Annotated[Steps, AS_RUN] = 10
-    """Write a line to trainer_log.jsonl every so many steps; below 1 a share of the run."""
+    """Steps between two lines of trainer_log.jsonl; a value below 1 is a share of the run."""
     save_steps: Annotated[Steps, AS_RUN] = 500
-    """Write a checkpoint every so many steps; below 1 a share of the run."""
+    """Steps between two checkpoints; a value below 1 is a share of the run."""
     save_strategy: Annotated[Literal["no", "steps", "epoch"], AS_RUN] = "steps"
-    """When to write checkpoints; the end of the run always writes one."""
+    """When to write checkpoints before the last one. steps: every save_steps. epoch: after each epoch. no: never."""
     save_total_limit: Annotated[PositiveInt | None, AS_RUN] = None
-    """Keep only the newest checkpoints."""
+    """Checkpoints to keep, the newest ones. null: all checkpoints."""
     save_only_model: Annotated[bool, AS_RUN] = False
-    """Leave the resume state out of checkpoints; the Adam moments are written all the same."""
+    """true: checkpoints have the adapter and the Adam moments, and no run can resume from them."""
     eval_strategy: Annotated[Literal["no", "steps", "epoch"], TRAINING] = "no"
-    """When to evaluate on eval_dataset during training."""
+    """When to evaluate on eval_dataset. steps: every eval_steps. epoch: at the end of each epoch. no: never."""
     eval_steps: Annotated[Steps | None, TRAINING] = None
-    """Evaluate every so many steps, below 1 a share of the run; logging_steps when left out."""
+    """Steps between two evaluations; a value below 1 is a share of the run. null: logging_steps."""
     plot_loss: Annotated[bool, AS_RUN] = False
     """Draw training_loss.png."""
     report_to: Annotated[str | list[str], BeforeValidator(_report_to), AS_RUN] = "none"
     """Experiment trackers by transformers' names, several by comma; all, or none."""
     run_name: Annotated[str | None, AS_RUN] = None
-    """The run's name in a tracker."""
+    """Name of the run in a tracker. null: the tracker's choice."""
     logging_dir: Annotated[str | None, Key(Decides.NOTHING, path="output")] = None
-    """Folder of TensorBoard's log; one in output_dir when left out."""
+    """Folder of the TensorBoard log. null: a folder in output_dir."""
     ddp_timeout: Annotated[PositiveInt, AS_RUN] = 1800
     """Seconds a collective operation may take."""
     deepspeed: Annotated[str | None, Key(Decides.NOTHING, path="input")] = None
-    """DeepSpeed configuration file."""
+    """DeepSpeed configuration file. null: DeepSpeed is not used."""
     training_arguments: Annotated[TrainerKeys, AS_RUN] = TrainerKeys()
     """Further keys of transformers' TrainingArguments; in a YAML they stand beside the others, without this one."""
 
     # --- dynamic selection -----------------------------------------------------------------
     train_type: Annotated[Literal["dynamic_select"], Key(Decides.TRAINING, used_by=("dynamic",))] = "dynamic_select"
-    """DataFlex's mode; selecting rows is the one there is."""
+    """DataFlex's mode. dynamic_select: select rows during training; the only mode."""
     components_cfg_file: Annotated[str | None, Key(Decides.NOTHING, path="input")] = None
-    """YAML of selectors and their parameters; the packaged defaults when left out."""
+    """YAML file of selectors and their parameters. null: the packaged components."""
     component_name: Annotated[str, AS_RUN] = Field(
         "less",
         description=f"Which selector picks the rows. {listing(selectors.SELECTORS)} a+b: the mean of the z-scores of "
@@ -321,7 +322,7 @@ class RunConfig(BaseModel):
     update_times: Annotated[NonNegativeInt, Key(Decides.TRAINING, used_by=("dynamic",))] = 2
     """Selections in a round of warmup_step + update_step × update_times steps."""
     train_step: Annotated[PositiveInt | None, Key(Decides.TRAINING, used_by=("dynamic",))] = None
-    """Optimizer steps of `dynamic` in all, when fewer than its rounds make."""
+    """Most optimizer steps of a `dynamic` run. null: all steps of its rounds."""
 
     # --- selector parameters ---------------------------------------------------------------
     gradient_type: Annotated[Literal["adam", "sgd", "sign"], DIRECTION] = "adam"
@@ -377,11 +378,11 @@ class RunConfig(BaseModel):
     """true: a score is the sum over the selections so far, weighted by learning rate. false: the latest selection alone
     counts."""
     cache_dir: Annotated[str | None, Key(Decides.NOTHING, path="output", component=True)] = None
-    """Folder in which `dynamic` keeps its gradient stores; removed after use when left out."""
+    """Folder in which `dynamic` keeps its gradient stores. null: a folder in output_dir, removed after each selection."""
     token_budget: Annotated[PositiveInt | None, Key(Decides.NOTHING, component=True)] = None
-    """Tokens, padding included, in a batch of gradient rows; what the device's free memory allows when left out."""
+    """Tokens in a batch of gradient rows, padding included. null: as many as fit the free memory of the device."""
     skip_bad_rows: Annotated[bool, AS_RUN] = False
-    """Leave out rows whose gradient is all zero or not finite, and say which; otherwise they end the command."""
+    """true: skip rows whose gradient is all zero or not finite, and name them. false: such a row ends the command."""
 
     # --- what single commands read and write -----------------------------------------------
     checkpoint: Annotated[
@@ -405,13 +406,13 @@ class RunConfig(BaseModel):
     scores: Annotated[str | None, Key(Decides.SELECTION, path="input", by_content=True, needed_by=("select",))] = None
     """Score file that `score` wrote."""
     data: Annotated[Names | None, Key(Decides.SELECTION, path="input", by_content=True)] = None
-    """Dataset names or files the scores belong to; `dataset` when left out."""
+    """Datasets that the scores belong to, written like `dataset`. null: `dataset`."""
     top: Annotated[Share | None, SELECTION] = None
-    """Select this share of the scored rows."""
+    """Share of the scored rows to select, best first."""
     count: Annotated[PositiveInt | None, SELECTION] = None
-    """Select this many rows."""
+    """Number of rows to select, best first."""
     threshold: Annotated[float | None, SELECTION] = None
-    """Select the rows that score at least this."""
+    """Lowest score of a selected row."""
     plain: Annotated[bool, SELECTION] = False
     """Write the selected records without the field `dataflex`, which holds row number and score."""
     overwrite: Annotated[bool, AS_RUN] = False
@@ -421,11 +422,11 @@ class RunConfig(BaseModel):
     export_dir: Annotated[str | None, Key(Decides.MERGE, path="output", needed_by=("merge",))] = None
     """Folder for the merged model."""
     export_size: Annotated[PositiveInt, MERGE] = 5
-    """Largest file of the merged model, in GB."""
+    """Largest size of a file of the merged model, in GB."""
     export_device: Annotated[Literal["cpu", "auto"], MERGE] = "cpu"
-    """Device that merges; auto uses a GPU if there is one."""
+    """Device that merges. cpu: the processor. auto: a GPU if there is one."""
     export_legacy_format: Annotated[bool, MERGE] = False
-    """Write .bin files instead of safetensors."""
+    """true: write .bin files. false: write safetensors."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

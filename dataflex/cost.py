@@ -90,14 +90,14 @@ def gradient_flops(body: int, head: int, adapter: int, tokens: int, supervised: 
     return 4 * (body * tokens + head * supervised) + 6 * adapter * tokens
 
 
-def free_memory(place: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that a batch may still take on a device: what is free, and what torch holds there without using it.
 
     The processes of a machine without GPUs share what the machine, or the control group they are in, has left.
     """
-    if place.type == "cuda":
-        held = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
-        return torch.cuda.mem_get_info(place)[0] + held
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     group = Path("/sys/fs/cgroup")

@@ -153,7 +153,7 @@ def check_output_dir(path: str | Path, key: str, overwrite: bool) -> Path:
 
 def _check_place(folder: Path, what: str, key: str) -> None:
     """Raise a UsageError unless `folder` is, or can be made, a folder that may be written."""
-    nearest = next(place for place in (folder, *folder.parents) if place.exists() or place.is_symlink())
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists() or parent.is_symlink())
     if not nearest.is_dir():
         raise UsageError(f"{what}: {nearest} is not a folder; choose another {key}")
     if not os.access(nearest, os.W_OK | os.X_OK):

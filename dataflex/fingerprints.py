@@ -115,13 +115,13 @@ def _read_hash(path: Path, advance: Any, keep: bool) -> str:
             advance()
     if keep and time.time() - before.st_mtime > SETTLED_SECONDS and _identity(before) == _identity(path.stat()):
         with contextlib.suppress(OSError, DataflexError):  # a cache that cannot be written is no fault of the run
-            write_json(_place_of(path), {**_identity(before), "sha256": digest.hexdigest()})
+            write_json(_cache_path(path), {**_identity(before), "sha256": digest.hexdigest()})
     return digest.hexdigest()
 
 
 def _kept_hash(path: Path) -> str | None:
     try:
-        kept = json.loads(_place_of(path).read_text(encoding="utf-8"))
+        kept = json.loads(_cache_path(path).read_text(encoding="utf-8"))
         digest = kept.pop("sha256")
         return digest if kept == _identity(path.stat()) else None
     except (OSError, ValueError, KeyError, AttributeError):
@@ -132,7 +132,7 @@ def _identity(status: os.stat_result) -> dict[str, int]:
     return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "inode": status.st_ino, "device": status.st_dev}
 
 
-def _place_of(path: Path) -> Path:
+def _cache_path(path: Path) -> Path:
     from dataflex.data.row_cache import cache_dir
 
     return cache_dir() / "hashes" / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()}.json"

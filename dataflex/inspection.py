@@ -153,7 +153,7 @@ def _inspect_dataset(config: RunConfig, target: str, progress: Progress, keep: b
     sources = find_sources(config.dataset or [], config.dataset_dir)
     facts: dict[str, Any] = {
         "formatting": sorted({source.formatting for source in sources}),
-        "files": [str(path) for source in sources for path in _places(source)],
+        "files": [str(path) for source in sources for path in _locations(source)],
     }
     if config.model_name_or_path is None:
         report = _read_only(sources)
@@ -173,7 +173,7 @@ def _inspect_dataset(config: RunConfig, target: str, progress: Progress, keep: b
     return Inspection("dataset", target, facts, problems, summary(split.report), example)
 
 
-def _places(source: Source) -> Sequence[object]:
+def _locations(source: Source) -> Sequence[object]:
     return files_of(source) if source.hub is None else [source.hub.path]
 
 

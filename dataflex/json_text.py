@@ -40,10 +40,10 @@ def iter_objects(handle: IO[str], where: str) -> Iterator[dict[str, Any]]:
         for row, value in enumerate(_values(window)):
             if not isinstance(value, dict):
                 found = "null" if value is None else type(value).__name__
-                place, more = f"line {window.line()}", f"row {row}"
+                offset, more = f"line {window.line()}", f"row {row}"
                 if window.is_array:  # often on one line
-                    place, more = more, place
-                raise UsageError(f"{where}, {place}: expected an object, found {found} ({more})")
+                    offset, more = more, offset
+                raise UsageError(f"{where}, {offset}: expected an object, found {found} ({more})")
             yield value
     except RecursionError:
         raise UsageError(f"{where}, line {window.line()}: nested too deeply to be read") from None
@@ -92,7 +92,7 @@ class _Window:
     def __init__(self, handle: IO[str]) -> None:
         self.handle = handle
         self.text = ""
-        self.place = 0
+        self.offset = 0
         self.start = 0  # of the last value
         self.lines_before = 0  # line ends before `text`
         self.is_array = False  # from its start
@@ -104,24 +104,24 @@ class _Window:
     def next_character(self) -> str:
         """The next character that is not white space, which stays; "" at the end."""
         while True:
-            self.place = self.start = _SPACE.match(self.text, self.place).end()  # type: ignore[union-attr] # it matches nothing as well
-            if self.place < len(self.text):
-                return self.text[self.place]
+            self.offset = self.start = _SPACE.match(self.text, self.offset).end()  # type: ignore[union-attr] # it matches nothing as well
+            if self.offset < len(self.text):
+                return self.text[self.offset]
             if not self.read(CHUNK):
                 return ""
 
     def take(self) -> str:
         """The next character that is not white space; the decoder moves past it."""
         character = self.next_character()
-        self.place += len(character)
+        self.offset += len(character)
         return character
 
     def read(self, size: int) -> bool:
         """Drop what is done and read on; False at the end of the file."""
         more = self.handle.read(size)
         if more:
-            self.lines_before += self.text.count("\n", 0, self.place)
-            self.text, self.place, self.start = self.text[self.place :] + more, 0, 0
+            self.lines_before += self.text.count("\n", 0, self.offset)
+            self.text, self.offset, self.start = self.text[self.offset :] + more, 0, 0
         return bool(more)
 
     def decode(self) -> Any:
@@ -130,7 +130,7 @@ class _Window:
         size = CHUNK
         while True:
             try:
-                value, end = _DECODER.raw_decode(self.text, self.place)
+                value, end = _DECODER.raw_decode(self.text, self.offset)
             except json.JSONDecodeError as error:
                 if not self._may_be_cut_off(error) or not self.read(size):
                     if self.text[error.pos :].strip():  # else the value that starts here has no end
@@ -138,7 +138,7 @@ class _Window:
                     raise
                 size *= 2  # a long value is decoded again but a few times
             else:
-                self.place = end
+                self.offset = end
                 return value
 
     def _may_be_cut_off(self, error: json.JSONDecodeError) -> bool:
@@ -183,7 +183,7 @@ def _unwritable(value: Any, name: str) -> str | None:
     if isinstance(value, dict):
         parts = ((f"{name}.{key}" if name else str(key), item) for key, item in value.items())
     elif isinstance(value, list | tuple):
-        parts = ((f"{name}[{place}]", item) for place, item in enumerate(value))
+        parts = ((f"{name}[{offset}]", item) for offset, item in enumerate(value))
     elif isinstance(value, float) and not math.isfinite(value):
         return f"{name} is {value}"
     else:

@@ -94,9 +94,9 @@ def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
             tokenizer.padding_side = "left"  # for generation
             tokenizer.save_pretrained(folder)
         write_text(folder / "Modelfile", ollama_modelfile(chat, tokenizer))
-        place, dtype = model.device, model.dtype
+        target_device, dtype = model.device, model.dtype
         del model  # two of them may be more than there is room for
-        difference = check_export(folder, probe, config, place, dtype)
+        difference = check_export(folder, probe, config, target_device, dtype)
         progress.say(f"read back: {difference}")
         write_text(folder / CARD, merged_card(config, difference))
         make_ordinary(*(path for path in folder.iterdir() if path.is_file()))
@@ -190,7 +190,7 @@ class Probe:
             ) from error
 
 
-def check_export(folder: Path, probe: Probe, config: RunConfig, place: torch.device, dtype: torch.dtype) -> str:
+def check_export(folder: Path, probe: Probe, config: RunConfig, target_device: torch.device, dtype: torch.dtype) -> str:
     """Load `folder` as plain transformers does and hold it against what was merged and against its configuration.
 
     Returns:
@@ -222,7 +222,7 @@ def check_export(folder: Path, probe: Probe, config: RunConfig, place: torch.dev
         wrong.append(f"eos_token_id {strange[0]} for {rows} embeddings")
     if wrong:
         raise DataflexError(f"{what}: the configuration does not fit the weights ({'; '.join(wrong)}); report this")
-    return probe.compare(model.to(place), what, model.dtype)
+    return probe.compare(model.to(target_device), what, model.dtype)
 
 
 def _check_base_name(config: RunConfig, adapter: Adapter) -> None:

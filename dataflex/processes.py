@@ -137,5 +137,5 @@ def my_turns(items: Sequence[T]) -> list[T | None]:
     Items in order of size stay balanced: in each turn the processes hold neighbours.
     """
     turns = -(-len(items) // size())
-    places = [turn * size() + rank() for turn in range(turns)]
-    return [items[place] if place < len(items) else None for place in places]
+    indices = [turn * size() + rank() for turn in range(turns)]
+    return [items[index] if index < len(items) else None for index in indices]

@@ -81,7 +81,7 @@ def encode_chat_turns(
         texts = split_turns(render, opening, messages)
     except _Rewritten as error:
         reason = "rewritten by the chat template once more turns follow; set `template`, or take the later turns out"
-        raise conversation.messages[error.place].unusable(reason) from None
+        raise conversation.messages[error.index].unusable(reason) from None
     return [(encode(prompt), encode(response)) for prompt, response in texts]
 
 
@@ -105,20 +105,20 @@ def dated_template(template: str, day: datetime.date) -> str:
 class _Rewritten(Exception):
     """The text up to a turn is not how the whole conversation's text begins."""
 
-    def __init__(self, place: int) -> None:
-        super().__init__(place)
-        self.place = place
+    def __init__(self, index: int) -> None:
+        super().__init__(index)
+        self.index = index
 
 
 def split_turns(render: Render, opening: list[dict[str, Any]], messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """The texts of each prompt and response; together they are the whole conversation's text."""
     whole = render(opening + messages)
     turns, done = [], 0
-    for place in range(1, len(messages), 2):
-        start = _response_start(render, whole, opening + messages[:place])
-        end = _response_end(render, whole, opening + messages[: place + 1], start or 0)
+    for index in range(1, len(messages), 2):
+        start = _response_start(render, whole, opening + messages[:index])
+        end = _response_end(render, whole, opening + messages[: index + 1], start or 0)
         if start is None or end is None or not done <= start <= end:
-            raise _Rewritten(place)
+            raise _Rewritten(index)
         turns.append((whole[done:start], whole[start:end]))
         done = end
     return turns
@@ -177,4 +177,4 @@ def _default_system(render: Render) -> str:
 def _shared(one: str, other: str) -> int:
     """How many characters two texts have in common at their start."""
     pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+    return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -43,10 +43,10 @@ def find_missing(
     if not all(any(_says(text, name) for text in decoded) for name in _tool_names(conversation.tools)):
         lost.append("the tools on offer")
     last = len(decoded) - 1
-    for place, (message, text) in enumerate(zip(conversation.messages, decoded, strict=True)):
+    for index, (message, text) in enumerate(zip(conversation.messages, decoded, strict=True)):
         thought, rest = _parted(message)
         if not _says(text, thought):
-            asked_for = thinking.enabled is False or (thinking.last_only and place < last)
+            asked_for = thinking.enabled is False or (thinking.last_only and index < last)
             if asked_for:
                 left_out.append("thoughts, which enable_thinking or mask_history takes out")
             else:

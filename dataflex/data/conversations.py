@@ -177,17 +177,17 @@ def _turns(source: Source, record: dict[str, Any]) -> tuple[list[_Turn], str, li
     """The turns but for a first system turn; the system text, that turn's or else the column's; what is left out."""
     columns = source.columns
     fields = _list(record, columns.messages)
-    for place, turn in enumerate(fields):
+    for index, turn in enumerate(fields):
         if not isinstance(turn, dict):
-            raise Unusable(f"turn {place + 1} of {columns.messages} is {_kind(turn)}, not an object with a role")
+            raise Unusable(f"turn {index + 1} of {columns.messages} is {_kind(turn)}, not an object with a role")
     tags = _tags_of(fields[0], source.tags) if fields else source.tags
     roles = _roles(tags)
     turns = []
-    for place, turn in enumerate(fields):
+    for index, turn in enumerate(fields):
         name = turn.get(tags.role)
         if not isinstance(name, str):
-            raise Unusable(f"turn {place + 1} of {columns.messages} has no {tags.role}; say there whose turn it is")
-        turns.append(_Turn(place + 1, name, roles.get(name), turn, tags))
+            raise Unusable(f"turn {index + 1} of {columns.messages} has no {tags.role}; say there whose turn it is")
+        turns.append(_Turn(index + 1, name, roles.get(name), turn, tags))
     column = _text(record, columns.system)
     if not turns or turns[0].role != SYSTEM:
         return turns, column, []
@@ -240,9 +240,9 @@ def _unset_roles(tags: Tags) -> set[str]:
 
 def _whole(messages: Sequence[tuple[_Turn, Message]]) -> list[Message]:
     """The messages, if they are prompts and responses in alternation."""
-    for place, (turn, message) in enumerate(messages):
-        if message.role not in (RESPONSE_ROLES if place % 2 else PROMPT_ROLES):
-            wanted = "a response" if place % 2 else "a prompt"
+    for index, (turn, message) in enumerate(messages):
+        if message.role not in (RESPONSE_ROLES if index % 2 else PROMPT_ROLES):
+            wanted = "a response" if index % 2 else "a prompt"
             turn.refuse(f"{NO_ALTERNATION} ({wanted} is expected here; join turns of one side, or take one out)")
     if not messages or len(messages) % 2:
         raise Unusable(f"{NO_RESPONSE} (the last is {messages[-1][0]})" if messages else NO_RESPONSE)

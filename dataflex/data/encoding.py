@@ -47,21 +47,21 @@ def encode_row(
     truncated = lost_end = False
     last = 0 if mask_history else len(turns) - 1
     fitted = reversed(turns) if mask_history else turns
-    for place, (prompt, response) in enumerate(fitted):
+    for index, (prompt, response) in enumerate(fitted):
         if total >= cutoff_len:
             truncated = True
-            lost_end = lost_end or place <= last
+            lost_end = lost_end or index <= last
             break
         prompt_len, response_len = fit_turn(len(prompt), len(response), cutoff_len - total)
         total += prompt_len + response_len
         truncated = truncated or prompt_len < len(prompt) or response_len < len(response)
-        lost_end = lost_end or (place == last and response_len < len(response))
+        lost_end = lost_end or (index == last and response_len < len(response))
         prompt, response = prompt[:prompt_len], response[:response_len]
 
         prompt_labels = list(prompt) if train_on_prompt else [UNSUPERVISED] * prompt_len
-        if efficient_eos is not None and place > 0 and prompt_len and not train_on_prompt:
+        if efficient_eos is not None and index > 0 and prompt_len and not train_on_prompt:
             prompt_labels[0] = efficient_eos
-        is_history = mask_history and place > 0
+        is_history = mask_history and index > 0
         response_labels = [UNSUPERVISED] * response_len if is_history else list(response)
         pieces.append((prompt + response, prompt_labels + response_labels))
 

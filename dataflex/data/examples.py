@@ -101,13 +101,13 @@ def load_split(
     made_from = {**facts, "split": split if config.val_size else None}
 
     def make() -> Iterator[pyarrow.RecordBatch]:
-        places: Sequence[Sequence[int]] = pick_rows(
+        indices: Sequence[Sequence[int]] = pick_rows(
             sources, [count_records(source) for source in sources], config.max_samples, config.seed
         )
         if config.val_size:
-            places = hold_out(places, config.val_size, config.seed, split)
-        with progress.task("tokenizing", sum(map(len, places)), "rows") as task:
-            for batch in encode_records(sources, places, encode, config.preprocessing_num_workers):
+            indices = hold_out(indices, config.val_size, config.seed, split)
+        with progress.task("tokenizing", sum(map(len, indices)), "rows") as task:
+            for batch in encode_records(sources, indices, encode, config.preprocessing_num_workers):
                 task.advance(batch.num_rows)
                 yield batch
 
@@ -183,33 +183,33 @@ def row_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Callab
 def pick_rows(
     sources: Sequence[Source], sizes: Sequence[int], max_samples: int | None, seed: int
 ) -> list[Sequence[int]]:
-    """The places used of each source, ascending: of its num_samples drawn at random, the first max_samples drawn."""
+    """The indices of the records used of each source, ascending: of num_samples drawn at random, the first max_samples."""
     picked: list[Sequence[int]] = []
     for source, size in zip(sources, sizes, strict=True):
-        places = _slice_of(source, size)
+        indices = _slice_of(source, size)
         if source.num_samples is not None:
-            if source.num_samples > len(places):
+            if source.num_samples > len(indices):
                 # LLaMA-Factory repeats rows here; a row number could then no longer tell them apart.
                 raise UsageError(
                     f"dataset {source.name!r}: num_samples is {source.num_samples}, "
-                    f"but it has {len(places)} rows; lower it"
+                    f"but it has {len(indices)} rows; lower it"
                 )
-            drawn = random.Random(f"{seed}/{source.name}").sample(places, source.num_samples)
-            places = sorted(drawn[:max_samples])
-        picked.append(places[:max_samples])
+            drawn = random.Random(f"{seed}/{source.name}").sample(indices, source.num_samples)
+            indices = sorted(drawn[:max_samples])
+        picked.append(indices[:max_samples])
     return picked
 
 
-def hold_out(places: Sequence[Sequence[int]], val_size: float, seed: int, split: str) -> list[list[int]]:
+def hold_out(indices: Sequence[Sequence[int]], val_size: float, seed: int, split: str) -> list[list[int]]:
     """The part of the rows that `split` has where validation rows are held out: those LLaMA-Factory draws.
 
     Args:
-        places: the rows used of each dataset.
+        indices: the rows used of each dataset.
         val_size: a share of all rows, or a number of rows from 1 on.
     """
     import datasets
 
-    pool = [(number, place) for number, wanted in enumerate(places) for place in wanted]
+    pool = [(number, index) for number, wanted in enumerate(indices) for index in wanted]
     size = int(val_size) if val_size >= 1 else val_size
     try:
         parts = datasets.Dataset.from_dict({"index": range(len(pool))}).train_test_split(test_size=size, seed=seed)
@@ -217,15 +217,15 @@ def hold_out(places: Sequence[Sequence[int]], val_size: float, seed: int, split:
         raise UsageError(
             f"val_size is {val_size}, but there are {len(pool)} rows; lower it, or name eval_dataset"
         ) from None
-    taken: list[list[int]] = [[] for _ in places]
-    for index in sorted(parts["test" if split == "eval" else "train"]["index"]):
-        number, place = pool[index]
-        taken[number].append(place)
+    taken: list[list[int]] = [[] for _ in indices]
+    for drawn in sorted(parts["test" if split == "eval" else "train"]["index"]):
+        number, index = pool[drawn]
+        taken[number].append(index)
     return taken
 
 
 def _slice_of(source: Source, size: int) -> Sequence[int]:
-    """The places that the entry's `split` names; the hub has cut its own already."""
+    """The indices of the records that the entry's `split` names; the hub has cut its own datasets already."""
     if source.split == "train" or source.hub is not None:
         return range(size)
     import datasets
@@ -234,7 +234,7 @@ def _slice_of(source: Source, size: int) -> Sequence[int]:
         parts = datasets.ReadInstruction.from_spec(source.split).to_absolute({"train": size})
     except ValueError as error:
         raise UsageError(f"dataset {source.name!r}: split {source.split!r} is not of its file ({error})") from None
-    return sorted({place for part in parts for place in range(size)[part.from_ : part.to]})
+    return sorted({index for part in parts for index in range(size)[part.from_ : part.to]})
 
 
 def _key_of(config: RunConfig, split: str) -> str:

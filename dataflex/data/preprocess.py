@@ -32,17 +32,17 @@ Encode = Callable[[Conversation], Encoded]
 
 
 def encode_records(
-    sources: Sequence[Source], places: Sequence[Sequence[int]], encode: Encode, workers: int | None
+    sources: Sequence[Source], indices: Sequence[Sequence[int]], encode: Encode, workers: int | None
 ) -> Iterator[pyarrow.RecordBatch]:
     """The chosen records of the sources as batches of rows, in order.
 
     Args:
-        places: the records used of each source, ascending.
+        indices: the records used of each source, ascending.
         encode: from a conversation to tokens.
         workers: processes that do it, at most one a core; None and 1 are this process.
     """
     chunk_encoder = _ChunkEncoder(sources, encode)
-    chunks = _chunked(_items(sources, places), CHUNK)
+    chunks = _chunked(_items(sources, indices), CHUNK)
     processes = min(workers or 1, available_cores())
     if processes == 1:
         return map(chunk_encoder, chunks)
@@ -117,15 +117,15 @@ class _ChunkEncoder:
         return as_batch([encode_record(self.sources, self.encode, item) for item in chunk])
 
 
-def _items(sources: Sequence[Source], places: Sequence[Sequence[int]]) -> Iterator[Item]:
+def _items(sources: Sequence[Source], indices: Sequence[Sequence[int]]) -> Iterator[Item]:
     start = 0
-    for number, (source, wanted) in enumerate(zip(sources, places, strict=True)):
+    for number, (source, wanted) in enumerate(zip(sources, indices, strict=True)):
         remaining = iter(wanted)
         next_wanted, size = next(remaining, None), 0
-        for place, record in enumerate(iter_records(source)):
+        for index, record in enumerate(iter_records(source)):
             size += 1
-            if place == next_wanted:
-                yield start + place, number, record
+            if index == next_wanted:
+                yield start + index, number, record
                 next_wanted = next(remaining, None)
         start += size
 

@@ -87,15 +87,15 @@ class Rows(Sequence[Example]):
     def __getitem__(self, index: slice) -> list[Example]: ...
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
-        place = range(len(self))[index]  # negative ones count from the end; beyond it is an IndexError
-        number = bisect.bisect_right(self._starts, place) - 1
-        return self._batches[number].example(place - self._starts[number], self._datasets)
+            return [self[position] for position in range(*index.indices(len(self)))]
+        position = range(len(self))[index]  # negative ones count from the end; beyond it is an IndexError
+        number = bisect.bisect_right(self._starts, position) - 1
+        return self._batches[number].example(position - self._starts[number], self._datasets)
 
     def __iter__(self) -> Iterator[Example]:
         for batch in self._batches:
-            for place in range(len(batch.kept)):
-                yield batch.example(place, self._datasets)
+            for position in range(len(batch.kept)):
+                yield batch.example(position, self._datasets)
 
     def column(self, name: Literal["row", "source", "supervised", "length"]) -> np.ndarray:
         """[N] one number for each kept row: its row number, the index of its dataset, its supervised tokens, its
@@ -112,12 +112,12 @@ class Rows(Sequence[Example]):
             report.lost_end += int(batch.lost_end.sum())
             report.supervised_tokens += int(batch.supervised.sum())
             report.lengths += np.diff(batch.starts)[batch.kept].tolist()
-            for place in np.flatnonzero(batch.dropped).tolist():
-                report.dropped.setdefault(batch.reason[place].as_py(), []).append(int(batch.row[place]))
+            for position in np.flatnonzero(batch.dropped).tolist():
+                report.dropped.setdefault(batch.reason[position].as_py(), []).append(int(batch.row[position]))
             for phrases, rows in ((batch.lost, report.lost), (batch.left_out, report.left_out)):
-                for place in np.flatnonzero(np.diff(phrases.offsets.to_numpy())).tolist():
-                    for phrase in phrases[place].as_py():
-                        rows.setdefault(phrase, []).append(int(batch.row[place]))
+                for position in np.flatnonzero(np.diff(phrases.offsets.to_numpy())).tolist():
+                    for phrase in phrases[position].as_py():
+                        rows.setdefault(phrase, []).append(int(batch.row[position]))
         return report
 
 
@@ -144,14 +144,14 @@ class _Columns:
         return values[self.kept]
 
     def example(self, index: int, datasets: Sequence[str]) -> Example:
-        place = int(self.kept[index])
-        start, end = self.starts[place], self.starts[place + 1]
+        position = int(self.kept[index])
+        start, end = self.starts[position], self.starts[position + 1]
         return Example(
-            int(self.row[place]),
+            int(self.row[position]),
             self.input_ids[start:end].tolist(),
             self.labels[start:end].tolist(),
-            self.subtask[place].as_py(),
-            datasets[self.source[place]],
+            self.subtask[position].as_py(),
+            datasets[self.source[position]],
         )
 
 

@@ -132,10 +132,10 @@ def encode_turns(
     """
     messages = _with_fewer_thoughts(conversation.messages, thinking) if template.thinks else conversation.messages
     encoded = []
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         opening: Slot = ()
         content = message.content
-        if place == 0:
+        if index == 0:
             system = _system_slot(template, conversation, day)
             if template.system_in_user:
                 opening, content = (
@@ -157,9 +157,9 @@ def _with_fewer_thoughts(messages: Sequence[Message], thinking: Thinking) -> lis
     last = len(messages) - 1
     return [
         replace(message, content=THOUGHT.sub("", message.content).lstrip("\n"))
-        if message.role in RESPONSE_ROLES and (thinking.enabled is False or (thinking.last_only and place < last))
+        if message.role in RESPONSE_ROLES and (thinking.enabled is False or (thinking.last_only and index < last))
         else message
-        for place, message in enumerate(messages)
+        for index, message in enumerate(messages)
     ]
 
 
@@ -167,13 +167,13 @@ def _add_empty_thoughts(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], encoded: list[list[int]], thinking: Thinking
 ) -> None:
     thought = tokenizer.encode(EMPTY_THOUGHT, add_special_tokens=False)
-    for place in range(len(messages) - 1 if thinking.last_only else 1, len(messages), 2):
-        if "<think>" in messages[place].content or "</think>" in messages[place].content:
+    for index in range(len(messages) - 1 if thinking.last_only else 1, len(messages), 2):
+        if "<think>" in messages[index].content or "</think>" in messages[index].content:
             continue
         if thinking.enabled:
-            encoded[place] = thought + encoded[place]
+            encoded[index] = thought + encoded[index]
         else:
-            encoded[place - 1] = encoded[place - 1] + thought
+            encoded[index - 1] = encoded[index - 1] + thought
 
 
 def _set_eos(tokenizer: PreTrainedTokenizerBase, token: str) -> None:

@@ -19,22 +19,22 @@ from dataflex.progress import Progress
 SUFFIX = ".manifest.json"
 
 
-def place_of(path: Path) -> Path:
+def manifest_path(path: Path) -> Path:
     """Where the manifest of `path` is."""
     return path.with_name(path.name + SUFFIX)
 
 
 def write_with_manifest(path: Path, write: Callable[[], None], rows: int, came_from: Mapping[str, Any]) -> None:
     """Write a file by `write`, and its manifest."""
-    place_of(path).unlink(missing_ok=True)
+    manifest_path(path).unlink(missing_ok=True)
     write()
     facts = {"sha256": sha256_of(path), "rows": rows, "first_line": _first_line(path)}
-    write_json(place_of(path), {**facts, **came_from})
+    write_json(manifest_path(path), {**facts, **came_from})
 
 
 def facts_of(path: Path) -> dict[str, Any]:
     """The manifest of a file that was just written."""
-    facts: dict[str, Any] = json.loads(place_of(path).read_text(encoding="utf-8"))
+    facts: dict[str, Any] = json.loads(manifest_path(path).read_text(encoding="utf-8"))
     return facts
 
 
@@ -44,21 +44,21 @@ def read_manifest(path: Path, rows: int, progress: Progress) -> dict[str, Any] |
     Raises:
         UsageError: if the manifest cannot be read, or the file looks cut off: it begins the same and has fewer rows.
     """
-    place = place_of(path)
+    beside = manifest_path(path)
     try:
-        manifest = json.loads(place.read_text(encoding="utf-8"))
+        manifest = json.loads(beside.read_text(encoding="utf-8"))
         digest, written, first_line = manifest["sha256"], int(manifest["rows"]), manifest["first_line"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{place}: not readable ({error}); delete it to use {path.name} as it is") from None
+        raise UsageError(f"{beside}: not readable ({error}); delete it to use {path.name} as it is") from None
     if digest == sha256_of(path):
         return manifest
     if rows < written and first_line == _first_line(path):
         raise UsageError(
-            f"{path}: {rows} of {written} rows are left; make it again, or delete {place} if that is meant"
+            f"{path}: {rows} of {written} rows are left; make it again, or delete {beside} if that is meant"
         )
-    progress.say(f"{path} has been changed since {place.name} was written, which is not looked at")
+    progress.say(f"{path} has been changed since {beside.name} was written, which is not looked at")
     return None
 
 

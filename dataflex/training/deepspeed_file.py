@@ -41,10 +41,10 @@ def read_deepspeed(path: str) -> dict[str, Any]:
 
 def value_of(settings: Mapping[str, Any], name: str) -> Any:
     """The value under a name such as zero_optimization.stage; None where it is not there."""
-    place: Any = settings
+    value: Any = settings
     for part in name.split("."):
-        place = None if place is None else place.get(part)
-    return place
+        value = None if value is None else value.get(part)
+    return value
 
 
 def check_deepspeed(config: RunConfig) -> None:

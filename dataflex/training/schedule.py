@@ -77,8 +77,8 @@ def random_rows(step: int, rows_per_step: int, count: int, seed: int) -> list[in
     """Indices step `step` trains on: one shuffled pass over `count` rows after another, no row twice in a pass."""
     rows = []
     for position in range(step * rows_per_step, (step + 1) * rows_per_step):
-        passed, place = divmod(position, count)
-        rows.append(int(_permutation(count, (seed, 0, passed))[place]))
+        passed, index = divmod(position, count)
+        rows.append(int(_permutation(count, (seed, 0, passed))[index]))
     return rows
 
 
@@ -92,4 +92,4 @@ def scheduled_rows(
     chosen = selections[selected_at]
     order = _permutation(len(chosen), (seed, 1, selected_at))
     start = (step - selected_at) * schedule.rows_per_step
-    return [chosen[place] for place in order[start : start + schedule.rows_per_step]]
+    return [chosen[index] for index in order[start : start + schedule.rows_per_step]]

@@ -14,7 +14,7 @@ from dataflex.errors import UsageError
 from dataflex.files import write_jsonl
 from dataflex.influence.scores import Scores
 from dataflex.influence.selection import choose
-from dataflex.influence.sidecar import place_of, write_with_manifest
+from dataflex.influence.sidecar import manifest_path, write_with_manifest
 
 
 def scores(values: list[float]) -> Scores:
@@ -80,8 +80,8 @@ def made(tmp_path):
 
 def test_a_subset_says_what_it_came_from(made):
     _, options = made
-    place = place_of(select(load_config(options=options)))
-    found = json.loads(place.read_text())
+    beside = manifest_path(select(load_config(options=options)))
+    found = json.loads(beside.read_text())
     assert (found["rows"], found["count"], found["files"]) == (1, 1, found["scores"]["files"])
     assert found["scores"]["rows"] == 4
 
@@ -102,6 +102,6 @@ def test_scores_that_lost_rows_are_refused_and_edited_ones_are_taken(made):
         select(load_config(options=options))
     path.write_text("".join(lines).replace("0.75", "0.1"))
     assert '"row": 2' in select(load_config(options=options)).read_text()
-    place_of(path).write_text("{")
+    manifest_path(path).write_text("{")
     with pytest.raises(UsageError, match=r"s\.jsonl\.manifest\.json: not readable"):
         select(load_config(options={**options, "overwrite": True}))

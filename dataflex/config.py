@@ -378,7 +378,7 @@ class RunConfig(BaseModel):
     """true: a score is the sum over the selections so far, weighted by learning rate. false: the latest selection alone
     counts."""
     cache_dir: Annotated[str | None, Key(Decides.NOTHING, path="output", component=True)] = None
-    """Folder in which `dynamic` keeps its gradient stores. null: a folder in output_dir, removed after each selection."""
+    """Folder in which `dynamic` keeps its gradient stores. null: one in output_dir, removed after each selection."""
     token_budget: Annotated[PositiveInt | None, Key(Decides.NOTHING, component=True)] = None
     """Tokens in a batch of gradient rows, padding included. null: as many as fit the free memory of the device."""
     skip_bad_rows: Annotated[bool, AS_RUN] = False

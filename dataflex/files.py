@@ -1,4 +1,4 @@
-"""Writing whole files or none: a temporary name beside the target, flushed, then renamed."""
+"""Atomic writes: a temporary file beside the target, flushed, then renamed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def disk_error(error: BaseException) -> str | None:
-    """What the system said of a write that failed; None for an error of another kind. Libraries pass it on in words."""
+    """The system's reason for a failed write, also where a library passes it on as text; None for another error."""
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return error.strerror
     text = str(error)
@@ -88,7 +88,7 @@ def _temporary(path: Path, mode: str) -> Iterator[IO[Any]]:
 
 
 def make_ordinary(*paths: Path) -> None:
-    """Give files the mode that the umask asks for, where a library made them private."""
+    """Give files that a library made private the mode that the umask asks for."""
     umask = os.umask(0)
     os.umask(umask)
     for path in paths:

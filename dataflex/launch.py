@@ -108,7 +108,7 @@ def end_with_launcher() -> None:
 
 
 def visible_gpus() -> int:
-    """How many GPUs torch finds."""
+    """The number of GPUs that torch finds."""
     import torch
 
     return torch.cuda.device_count()

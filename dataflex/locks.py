@@ -90,7 +90,7 @@ def _set(handle: int, kind: int, wait: bool, path: Path | None) -> None:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether `path` still names the file behind `handle`: it may have been replaced before the lock was there."""
+    """Whether `path` still names the file of `handle`; another process may have replaced it before the lock."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:

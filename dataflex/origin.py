@@ -1,4 +1,4 @@
-"""What a result came from, and in what two origins differ: told by content, explained by the facts beside it.
+"""The origin of a result, told by content; and the differences of two origins, explained by facts kept beside them.
 
 Two origins are equal when the keys that the command uses and the fingerprints of its inputs are equal. The facts
 have no part in that; they say why a fingerprint is another one.
@@ -19,7 +19,7 @@ LONGEST_SHOWN = 60  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Origin:
-    """Everything that decides what a command's result is, as JSON holds it."""
+    """Everything that decides the result of a command, as JSON values."""
 
     command: str
     keys: Mapping[str, Any]

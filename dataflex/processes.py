@@ -1,6 +1,6 @@
-"""The processes of a run: who this one is, and the few things they say to each other.
+"""The processes of a run: rank and size, and the collective operations that dataflex uses.
 
-One process is a team of one, so callers are written once. `environment` says how many there are.
+Every operation also works in a single process, so callers are written once. `environment` counts the processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ size = world_size
 
 
 def join(timeout_s: int = 1800, deepspeed: bool = False) -> None:
-    """Meet the other processes, once; nothing to do for a team of one without DeepSpeed.
+    """Join the other processes, once. A single process without DeepSpeed has nothing to do.
 
     Raises:
         UsageError: if DeepSpeed is asked for in a process that no launcher started.
@@ -55,7 +55,7 @@ def join(timeout_s: int = 1800, deepspeed: bool = False) -> None:
 
 
 def leave() -> None:
-    """Part from the other processes at the end of a command."""
+    """Leave the other processes at the end of a command."""
     if (dist := _team()) is not None:
         dist.destroy_process_group()
 
@@ -67,7 +67,7 @@ def _team() -> Any:
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process calls this function."""
     if (dist := _team()) is not None:
         dist.barrier()
 
@@ -82,7 +82,7 @@ def gather(value: T) -> list[T]:
 
 
 def broadcast(value: T) -> T:
-    """Rank 0's `value`, everywhere."""
+    """The `value` of rank 0, in every process."""
     if (dist := _team()) is None:
         return value
     box = [value]
@@ -98,7 +98,7 @@ def sum_over(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def advance(task: Task, amount: int = 1, **shown: Any) -> None:
-    """Advance `task`, which every process has; an interruption of one is one of all, at the same place.
+    """Advance the `task` of each process. An interruption of one process interrupts all of them at the same step.
 
     Raises:
         Interrupted: in every process, if any of them is to end here.

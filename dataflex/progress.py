@@ -1,4 +1,4 @@
-"""How the library tells how far it is. What shows it (a terminal, a notebook, nothing) is the caller's."""
+"""How the library reports progress. The caller decides whether a terminal, a notebook or nothing shows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Interrupted(BaseException):
-    """The work is to end here, because someone asked for it. Not a failure, so not an Exception.
+    """The user asked the work to end here. It is no failure, so it is no Exception.
 
     A Progress may raise it out of `Task.advance`. On its way out, each piece of work that keeps something commits
     what was reported and says what it keeps (`add_note`).
@@ -31,7 +31,7 @@ class Task(Protocol):
 
 
 class Progress(Protocol):
-    """Where work is announced."""
+    """What receives reports of progress."""
 
     def task(self, description: str, total: int, unit: str) -> contextlib.AbstractContextManager[Task]:
         """Announce `total` units of work; the task ends with the block."""

@@ -36,7 +36,7 @@ REMAINS = (FILE_NAME, "checkpoint-*", "selections", "gradients", "trainer_log.js
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries a run's numbers may depend on."""
+    """Versions of the libraries on which the results of a run may depend."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
@@ -45,7 +45,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name() -> str:
-    """The GPU's name, or the processor's with its core count."""
+    """The name of the GPU, or of the processor with its number of cores."""
     import torch
 
     if torch.cuda.is_available():
@@ -77,7 +77,7 @@ class Stopwatch:
             self._open.pop()
 
     def _count(self) -> None:
-        """Give the time since the last call to the innermost open phase."""
+        """Add the time since the last call to the innermost open phase."""
         now = time.monotonic()
         if self._open:
             self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since

@@ -27,7 +27,8 @@ def end_token(template: Template | None, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def answered(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A question and its answer by the tokenizer's own template; empty where it has none, or refuses them."""
+    """A question and an answer in the words of the tokenizer's template; empty where the tokenizer has no template, or the
+    template refuses them."""
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": CONTENT}]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
@@ -36,7 +37,7 @@ def answered(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def jinja_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What `tokenizer.chat_template` should be for a model trained with `template`."""
+    """The Jinja text that a model trained with `template` needs as `tokenizer.chat_template`."""
 
     def worded(slot: Slot, content: str = "content") -> str:
         parts = []
@@ -76,7 +77,7 @@ def jinja_template(template: Template, tokenizer: PreTrainedTokenizerBase) -> st
 
 
 def ollama_modelfile(template: Template | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A Modelfile for the folder it stands in; without a template Ollama goes by the tokenizer's own."""
+    """The text of an Ollama Modelfile for the folder that holds it; without a template Ollama uses the tokenizer's."""
     lines = ["# Ollama's description of this model: ollama create NAME -f Modelfile", "", "FROM .", ""]
     stops = [tokenizer.eos_token, end_token(template, tokenizer)]
     if template is not None:
@@ -100,7 +101,7 @@ def ollama_modelfile(template: Template | None, tokenizer: PreTrainedTokenizerBa
 
 
 def read_template(tokenizer: PreTrainedTokenizerBase) -> Template | None:
-    """The wording of the tokenizer's own chat template, found by rendering; None where it cannot be told."""
+    """The wording of the tokenizer's chat template, found by rendering it; None where rendering does not show it."""
     system, user, answer = ({"role": role, "content": CONTENT} for role in ("system", "user", "assistant"))
 
     def render(*messages: dict[str, str], prompt: bool = False) -> str:

@@ -103,7 +103,7 @@ def dated_template(template: str, day: datetime.date) -> str:
 
 
 class _Rewritten(Exception):
-    """The text up to a turn is not how the whole conversation's text begins."""
+    """The template words a turn otherwise once later turns follow."""
 
     def __init__(self, index: int) -> None:
         super().__init__(index)
@@ -111,7 +111,7 @@ class _Rewritten(Exception):
 
 
 def split_turns(render: Render, opening: list[dict[str, Any]], messages: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """The texts of each prompt and response; together they are the whole conversation's text."""
+    """The text of each prompt and response; joined, the texts are the text of the conversation."""
     whole = render(opening + messages)
     turns, done = [], 0
     for index in range(1, len(messages), 2):
@@ -165,7 +165,7 @@ def _as_chat(message: Message, native: bool) -> dict[str, Any]:
 
 
 def _default_system(render: Render) -> str:
-    """The system text a template puts where none is given: what an empty one takes away."""
+    """The system text that a template writes where a conversation has none."""
     user = {"role": "user", "content": "x"}
     given, empty = render([user]), render([{"role": "system", "content": ""}, user])
     if len(given) <= len(empty):
@@ -175,6 +175,6 @@ def _default_system(render: Render) -> str:
 
 
 def _shared(one: str, other: str) -> int:
-    """How many characters two texts have in common at their start."""
+    """Length of the common beginning of two texts, in characters."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((index for index, (a, b) in pairs if a != b), min(len(one), len(other)))

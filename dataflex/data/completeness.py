@@ -1,4 +1,4 @@
-"""Whether all that a conversation says is found again in its tokens.
+"""Whether the tokens of a conversation say everything that its record says.
 
 A chat template may leave turns out, cut thoughts or ignore calls, and a tokenizer may not know a character. So the
 tokens are decoded, and each turn's text must be in its part of them, in order. White space and Unicode's composed and
@@ -68,7 +68,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def _parted(message: Message) -> tuple[str, str]:
-    """A response as its thought and the rest."""
+    """A response, split into its thought and the text after the thought."""
     thought = THOUGHT.search(message.content) if message.role in RESPONSE_ROLES else None
     if thought is None:
         return "", message.content
@@ -114,7 +114,7 @@ def _says(where: str, text: str) -> bool:
 
 
 def _says_system(decoded: Sequence[str], conversation: Conversation) -> bool:
-    """Whether the system text is there, beside the turns that may happen to hold the same words."""
+    """Whether the system text is in the decoded text, not only in a turn that has the same words."""
     system = _bare(conversation.system)
     if not system:
         return True

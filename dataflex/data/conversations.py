@@ -174,7 +174,7 @@ def _from_openai(source: Source, record: dict[str, Any]) -> Conversation:
 
 
 def _turns(source: Source, record: dict[str, Any]) -> tuple[list[_Turn], str, list[str]]:
-    """The turns but for a first system turn; the system text, that turn's or else the column's; what is left out."""
+    """The turns without a leading system turn; the system text, from this turn or from the column; and the turns left out."""
     columns = source.columns
     fields = _list(record, columns.messages)
     for index, turn in enumerate(fields):
@@ -218,7 +218,7 @@ def _roles(tags: Tags) -> dict[str, str]:
 
 
 def _known(turns: Sequence[_Turn]) -> Iterator[_Turn]:
-    """The turns, until one of them has no place in a conversation."""
+    """The turns up to the first one whose role a conversation does not have."""
     for turn in turns:
         if turn.role == SYSTEM:
             turn.refuse("a system turn is not the first; move its text into the first turn or the system column")
@@ -230,7 +230,7 @@ def _known(turns: Sequence[_Turn]) -> Iterator[_Turn]:
 
 
 def _unset_roles(tags: Tags) -> set[str]:
-    """Names of roles that would have a tag if the entry named none."""
+    """Names of roles that have a tag by default and lose it because the entry names tags."""
     return {
         name
         for role in ("observation", "function", "system")
@@ -273,7 +273,7 @@ def _text_of_part(turn: _Turn, part: Any) -> str:
 
 
 def _thought(turn: _Turn) -> str:
-    """The thought that has a key of its own."""
+    """The thought that a turn holds under a key of its own."""
     for key in _THOUGHT_KEYS:
         thought = turn.fields.get(key)
         if thought is not None and not isinstance(thought, str):
@@ -300,7 +300,7 @@ def _beside(text: str, calls: str) -> str:
 
 
 def _calls(turn: _Turn, plain: bool) -> str:
-    """The functions a turn calls as JSON, "" if none; `plain` also opens arguments that are JSON in a string."""
+    """The functions that a turn calls, as JSON; "" where it calls none. `plain`: arguments that are a JSON text are read."""
     calls = turn.fields.get("tool_calls")
     if not calls:
         legacy = turn.fields.get("function_call")
@@ -332,7 +332,7 @@ def _opened(arguments: Any) -> Any:
 
 
 def _unread_of_turn(turn: _Turn, calls_are_read: bool) -> Iterator[str]:
-    """The fields of a turn that say something and are not read."""
+    """The fields of a turn that hold content and are not read."""
     read = {turn.tags.role, turn.tags.content, *_LINKS}
     if turn.role in RESPONSE_ROLES:
         read.update(_THOUGHT_KEYS)
@@ -354,7 +354,7 @@ def _unread_fields(source: Source, record: dict[str, Any]) -> Iterator[str]:
 
 
 def _looks_like_content(value: Any) -> bool:
-    """Whether it is more than a label: several words, or a list or object of something."""
+    """Whether a value is more than a label: several words, or a list or object that is not empty."""
     return len(value.split(None, 1)) > 1 if isinstance(value, str) else isinstance(value, list | dict) and bool(value)
 
 

@@ -246,7 +246,7 @@ def _template(config: RunConfig) -> Template | None:
 
 
 def _template_text(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The words around a turn: the template of the table whole, or the tokenizer's own."""
+    """The wording of the turns: the template of the table, or the text of the tokenizer's chat template."""
     template = _template(config)
     return repr(template) if template else str(tokenizer.chat_template)
 
@@ -258,7 +258,7 @@ def _is_dated(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _shortened(facts: dict[str, Any]) -> dict[str, Any]:
-    """`facts` with a hash in place of every long text, to be kept beside a result."""
+    """`facts` with every long text replaced by its hash, short enough to be kept beside a result."""
     return {
         name: hashlib.sha256(str(value).encode()).hexdigest() if len(str(value)) > 80 else value
         for name, value in facts.items()
@@ -266,7 +266,7 @@ def _shortened(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layout(source: Source) -> str:
-    """The part of a dataset's entry that decides its rows."""
+    """The parts of a dataset_info.json entry that decide the rows."""
     return repr((source.formatting, source.columns, source.tags, source.num_samples, source.split, source.hub))
 
 

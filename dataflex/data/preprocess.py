@@ -1,4 +1,4 @@
-"""Records into encoded rows, a chunk at a time, in several processes where asked for."""
+"""From records to encoded rows, chunk by chunk, in as many processes as the configuration asks for."""
 
 from __future__ import annotations
 

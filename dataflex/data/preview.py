@@ -1,4 +1,4 @@
-"""A split as a person checks it: its numbers, and a row as text with what is learned told apart from what is given."""
+"""A split for a person to check: its counts, and one row as text, the supervised part told from the prompt."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Span(NamedTuple):
 
 
 def spans(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[Span]:
-    """The whole row decoded, special tokens included, cut where supervision begins and ends."""
+    """The decoded row with its special tokens, cut where supervision begins and ends."""
     pairs = zip(example.input_ids, example.labels, strict=True)
     return [
         Span(str(tokenizer.decode([token for token, _ in group], skip_special_tokens=False)), supervised)
@@ -39,7 +39,7 @@ def first_row(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """A report in plain numbers; `first_dropped` has the first row of each reason."""
+    """The counts of a report; `first_dropped` has the first row of each reason."""
     return {
         "rows": report.seen,
         "kept": report.kept,

@@ -1,4 +1,4 @@
-"""Where rows come from and how they are read, one after the other: files of several kinds, or a hub's dataset."""
+"""The sources of records and their readers: files of several formats, and datasets of the hub. Records are streamed."""
 
 from __future__ import annotations
 

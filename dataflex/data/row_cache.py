@@ -91,7 +91,7 @@ def _writable(folder: Path) -> bool:
 
 
 def _code() -> bytes:
-    """A hash of the code that makes rows, and of the library that tokenizes for it."""
+    """A hash of the source code that encodes rows, and of the versions of the libraries that it calls."""
     import tokenizers
 
     digest = hashlib.sha256(tokenizers.__version__.encode())

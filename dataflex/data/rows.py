@@ -1,4 +1,4 @@
-"""Encoded rows on disk: an Arrow file that is mapped, not read, so a data set may be larger than memory.
+"""Encoded rows on disk: an Arrow file, mapped into memory, so that a dataset may be larger than memory.
 
 Every row that was looked at has its place in the file, the dropped ones with the reason, so the report can
 be had from a cached file as well. So has the fingerprint of the kept rows: with each batch the file keeps the
@@ -44,7 +44,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one row. A dropped row has a `reason` and no tokens."""
+    """The outcome of encoding one row. A dropped row has a `reason` and no tokens."""
 
     row: int
     source: int
@@ -104,7 +104,7 @@ class Rows(Sequence[Example]):
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
     def report(self) -> Report:
-        """What became of every row of the file."""
+        """The report over all rows of the file."""
         report = Report(kept=len(self))
         for batch in self._batches:
             report.seen += len(batch.row)

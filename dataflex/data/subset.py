@@ -1,4 +1,4 @@
-"""Selected rows as records that read back, as a file given directly, to the same conversations."""
+"""Selected rows as records that read back to the same conversations when the file is given as a dataset."""
 
 from __future__ import annotations
 

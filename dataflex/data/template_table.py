@@ -16,7 +16,7 @@ EMPTY_THOUGHT = "<think>\n\n</think>\n\n"
 
 
 class Special(Enum):
-    """A token that each tokenizer names for itself; left out where it has none."""
+    """A special token that each tokenizer names. A tokenizer without the token leaves it out."""
 
     BOS = "bos_token_id"
     EOS = "eos_token_id"

@@ -48,7 +48,7 @@ class Thinking:
 
 
 def find_template(name: str) -> Template:
-    """The template of that name; a UsageError lists the choices otherwise."""
+    """The template of the table with this name; a UsageError lists the names otherwise."""
     if name in TEMPLATES:
         return TEMPLATES[name]
     close = difflib.get_close_matches(name, list(TEMPLATES), n=1)
@@ -96,7 +96,7 @@ _CONTROL_TOKEN = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜]+｜>|<(?:start|end)_o
 
 
 def _split_tokens(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The control tokens of `template` that are several tokens to this tokenizer."""
+    """The control tokens of `template` that the tokenizer splits into several tokens."""
     slots = (template.prefix, template.system, template.user, template.assistant, template.observation or ())
     texts = [part for slot in (*slots, template.function or ()) for part in slot if isinstance(part, str)]
     tokens = dict.fromkeys(token for text in texts for token in _CONTROL_TOKEN.findall(text))
@@ -182,7 +182,7 @@ def _set_eos(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
 
 
 def _system_slot(template: Template, conversation: Conversation, day: datetime.date) -> Slot:
-    """The system turn, worded; () where there is nothing to say."""
+    """The slots of the system turn; () where there is no system text and no tool."""
     system = conversation.system or template.default_system
     if conversation.tools:
         return _fill(template.system, system + tool_prompt(template.tool_format, conversation.tools, day))

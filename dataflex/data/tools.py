@@ -1,4 +1,4 @@
-"""How a template words the tools on offer and the calls of them. The wordings are the models' formats."""
+"""How a template words tools and calls of tools: one format for each family of models."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def parse_tools(tools: str) -> list[dict[str, Any]]:
 
 
 def split_remarks(content: str) -> tuple[str, str]:
-    """A function turn as (what it says beside the call, the call's JSON)."""
+    """A function turn as (text beside the call, JSON of the call)."""
     if tagged := _TAGGED_CALL.search(content):
         return content.replace(tagged.group(0), ""), tagged.group(1)
     if thought := THOUGHT.search(content):
@@ -195,7 +195,7 @@ def _mistral_calls(calls: list[Call]) -> str:
 
 @dataclass(frozen=True)
 class ToolFormat:
-    """How a family of models is told of tools and calls them."""
+    """The format in which a family of models reads tools and writes calls."""
 
     prompt: Callable[[list[dict[str, Any]], datetime.date], str]
     calls: Callable[[list[Call]], str]

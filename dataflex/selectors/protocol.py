@@ -1,4 +1,4 @@
-"""What a selector is given, and what it gives back."""
+"""The input and the output of a selector."""
 
 from __future__ import annotations
 

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dataflex import processes
 from dataflex.config import RunConfig, needed
 from dataflex.data.examples import Split
-from dataflex.data.rows import supervised_tokens
+from dataflex.data.rows import dataset_columns, row_numbers, supervised_tokens
 from dataflex.errors import UsageError
 from dataflex.files import check_room, read_jsonl, write_jsonl
 from dataflex.gradients.capture import Capture, make_capture
@@ -142,10 +144,10 @@ def check_selection_size(schedule: Schedule, train: Split, prefiltered: float | 
 
 def count_by_dataset(split: Split, indices: Iterable[int]) -> dict[str, int]:
     """How many of `indices` come from each dataset, in the order the datasets were named."""
-    counts = {example.dataset: 0 for example in split.examples}
-    for index in indices:
-        counts[split.examples[index].dataset] += 1
-    return counts
+    names, source = dataset_columns(split.examples)
+    chosen = np.bincount(source[np.fromiter(indices, dtype=np.int64)], minlength=len(names))
+    present = np.bincount(source, minlength=len(names))
+    return {name: int(count) for name, count, there in zip(names, chosen, present, strict=True) if there}
 
 
 @dataclass
@@ -165,11 +167,12 @@ class _Selections:
 
     def recall(self, resumed_at: int) -> None:
         """Read the selections that a run taken up after `resumed_at` steps has made already."""
-        indices = {example.row: index for index, example in enumerate(self.run.train.examples)}
+        rows = row_numbers(self.run.train.examples)
         for step in self.schedule.selection_steps:
             path = self.folder / "selections" / f"step-{step}.jsonl"
             if step <= resumed_at and path.is_file():
-                self.made[step] = [indices[line["row"]] for line in read_jsonl(path, "selection")]
+                chosen = [line["row"] for line in read_jsonl(path, "selection")]
+                self.made[step] = np.searchsorted(rows, chosen).tolist()
 
     def facts(self) -> list[dict[str, Any]]:
         """What run.json says of each selection. `length_correlation` is Spearman's, of all scores with supervised

@@ -31,10 +31,10 @@ def launch_arguments(config: RunConfig, nproc: int | None, environment: Mapping[
     Raises:
         UsageError: naming a variable that holds no number.
     """
+    nodes = number(environment, "NNODES", 1)
     here = processes_here(config, nproc, environment)
     if here is None:
         return None
-    nodes = number(environment, "NNODES", 1)
     options = ["--nproc-per-node", str(here), "--max-restarts", "0"]
     if nodes == 1 and "MASTER_PORT" not in environment:
         return [*options, "--standalone"]

@@ -7,12 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from dataflex.adapters import put_on, read_adapter
 from dataflex.config import RunConfig, needed
 from dataflex.cost import out_of_memory
+from dataflex.data.rows import largest_tokens
 from dataflex.environment import local_rank
 from dataflex.errors import UsageError, reason_of
 from dataflex.folding import check_foldable, fold, without_copies
@@ -227,9 +229,10 @@ def device() -> torch.device:
 def check_vocabulary(model: nn.Module, examples: Sequence[Any], template: str | None) -> None:
     """Raise a UsageError if a row holds a token the model has no embedding for."""
     rows = model.get_input_embeddings().num_embeddings
-    for example in examples:
-        if max(example.input_ids) >= rows:
-            raise UsageError(
-                f"row {example.row} of {example.dataset}: token {max(example.input_ids)}, but the model has {rows} "
-                f"embeddings; template {template!r} does not fit this model"
-            )
+    largest = largest_tokens(examples)
+    if len(largest) and largest.max() >= rows:
+        example = examples[int(np.argmax(largest >= rows))]
+        raise UsageError(
+            f"row {example.row} of {example.dataset}: token {max(example.input_ids)}, but the model has {rows} "
+            f"embeddings; template {template!r} does not fit this model"
+        )

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dataflex.data.encoding import UNSUPERVISED
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import ArrayLike
 
     from dataflex.data.examples import Example
 
 
-def token_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+def token_batches(lengths: ArrayLike, token_budget: int) -> list[list[int]]:
     """Cut rows into batches of at most `token_budget` tokens, padding included.
 
     Rows are taken longest first, ties by index, so a batch's first row is its longest and what does not
@@ -21,18 +24,19 @@ def token_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     of the arguments alone: a resumed run computes the same batches.
 
     Args:
-        lengths: tokens of each row.
+        lengths: [N] tokens of each row.
         token_budget: rows × longest row that a batch may have.
 
     Returns:
         Indices into `lengths`, each exactly once.
     """
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= token_budget:
-            batches[-1].append(index)
-        else:
-            batches.append([index])
+    tokens = np.asarray(lengths, dtype=np.int64)
+    order = np.argsort(-tokens, kind="stable")
+    batches, start = [], 0
+    while start < len(order):
+        stop = start + max(1, token_budget // max(1, int(tokens[order[start]])))
+        batches.append(order[start:stop].tolist())
+        start = stop
     return batches
 
 

@@ -103,6 +103,20 @@ class Rows(Sequence[Example]):
         parts = [batch.column(name) for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
+    @property
+    def datasets(self) -> list[str]:
+        """The names of the datasets, in the order in which they were named."""
+        return list(self._datasets)
+
+    def subtasks(self) -> list[str | None]:
+        """[N] the subtask of each kept row."""
+        return [name for batch in self._batches for name in batch.subtask.take(batch.kept).to_pylist()]
+
+    def largest_tokens(self) -> np.ndarray:
+        """[N] the largest token of each kept row."""
+        parts = [batch.largest_tokens() for batch in self._batches]
+        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
     def report(self) -> Report:
         """The report over all rows of the file."""
         report = Report(kept=len(self))
@@ -143,6 +157,12 @@ class _Columns:
         values: np.ndarray = np.diff(self.starts) if name == "length" else getattr(self, name)
         return values[self.kept]
 
+    def largest_tokens(self) -> np.ndarray:
+        """The largest token of each kept row."""
+        if not len(self.kept):
+            return np.zeros(0, dtype=np.int64)
+        return np.maximum.reduceat(self.input_ids, self.starts[self.kept])  # a dropped row has no tokens
+
     def example(self, index: int, datasets: Sequence[str]) -> Example:
         position = int(self.kept[index])
         start, end = self.starts[position], self.starts[position + 1]
@@ -155,11 +175,46 @@ class _Columns:
         )
 
 
+def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+    """[N] the tokens of each row."""
+    if isinstance(examples, Rows):
+        return examples.column("length")
+    return np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+
+
 def supervised_tokens(examples: Sequence[Example]) -> np.ndarray:
     """[N] how many tokens of each row training learns from."""
     if isinstance(examples, Rows):
         return examples.column("supervised")
-    return np.array([sum(label != UNSUPERVISED for label in example.labels[1:]) for example in examples])
+    counts = [sum(label != UNSUPERVISED for label in example.labels[1:]) for example in examples]
+    return np.array(counts, dtype=np.int64)
+
+
+def row_numbers(examples: Sequence[Example]) -> np.ndarray:
+    """[N] int64: the row number of each row."""
+    if isinstance(examples, Rows):
+        return examples.column("row")
+    return np.array([example.row for example in examples], dtype=np.int64)
+
+
+def dataset_columns(examples: Sequence[Example]) -> tuple[list[str], np.ndarray]:
+    """The names of the datasets in order, and [N] the index of each row's dataset among them."""
+    if isinstance(examples, Rows):
+        return examples.datasets, examples.column("source")
+    names = list(dict.fromkeys(example.dataset for example in examples))
+    return names, np.array([names.index(example.dataset) for example in examples], dtype=np.int64)
+
+
+def subtasks_of(examples: Sequence[Example]) -> list[str | None]:
+    """[N] the subtask of each row."""
+    return examples.subtasks() if isinstance(examples, Rows) else [example.subtask for example in examples]
+
+
+def largest_tokens(examples: Sequence[Example]) -> np.ndarray:
+    """[N] the largest token of each row."""
+    if isinstance(examples, Rows):
+        return examples.largest_tokens()
+    return np.array([max(example.input_ids) for example in examples], dtype=np.int64)
 
 
 def as_batch(outcomes: Sequence[Outcome]) -> pyarrow.RecordBatch:

@@ -13,6 +13,7 @@ import numpy as np
 from dataflex import processes
 from dataflex.config import MARKS, RunConfig, needed, values_of
 from dataflex.data.examples import Split, dated, split_names
+from dataflex.data.rows import dataset_columns, row_numbers, subtasks_of, supervised_tokens
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import check_room
 from dataflex.fingerprints import base_model_fingerprint, live_adapter_fingerprint
@@ -224,10 +225,11 @@ def manifest_of(
 
 def dataset_starts(split: Split) -> list[list[Any]]:
     """[name, first kept row] of each dataset, in row order: rows count through the datasets as named."""
-    starts: dict[str, int] = {}
-    for example in split.examples:
-        starts[example.dataset] = min(example.row, starts.get(example.dataset, example.row))
-    return sorted(([name, row] for name, row in starts.items()), key=lambda start: start[1])
+    names, source = dataset_columns(split.examples)
+    rows = row_numbers(split.examples)
+    present, first = np.unique(source, return_index=True)  # rows ascend, so the first one is the lowest
+    starts = [[names[index], int(rows[at])] for index, at in zip(present.tolist(), first.tolist(), strict=True)]
+    return sorted(starts, key=lambda start: start[1])
 
 
 def _kept_day(path: Path) -> str | None:
@@ -253,8 +255,8 @@ def _prepare_store(path: Path, manifest: Manifest, split: Split, overwrite: bool
     create_store(
         path,
         manifest=manifest,
-        row=np.array([example.row for example in split.examples]),
-        tokens=np.array([sum(label != -100 for label in example.labels[1:]) for example in split.examples]),
+        row=row_numbers(split.examples),
+        tokens=supervised_tokens(split.examples),
         subtask=subtask_names(split),
     )
 
@@ -268,5 +270,5 @@ def check_store(path: Path, manifest: Manifest) -> None:
 
 def subtask_names(split: Split) -> list[str] | None:
     """Each row's subtask, or None where no row has one."""
-    names = [example.subtask for example in split.examples]
+    names = subtasks_of(split.examples)
     return [name or "" for name in names] if any(names) else None

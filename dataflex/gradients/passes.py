@@ -16,6 +16,7 @@ from dataflex import processes
 from dataflex.cost import out_of_memory
 from dataflex.data.batches import token_batches
 from dataflex.data.examples import Example
+from dataflex.data.rows import lengths_of
 from dataflex.errors import DataflexError
 from dataflex.gradients.capture import Capture, adapter_values, row_gradients
 from dataflex.gradients.direction import Direction
@@ -59,10 +60,11 @@ def batches_of(capture: Capture, examples: Sequence[Example], dim: int) -> list[
 
 def _grouped_batches(capture: Capture, examples: Sequence[Example]) -> list[list[int]]:
     """Batches within the token budget, of rows that may share one."""
+    lengths = lengths_of(examples)
     return [
-        [group[offset] for offset in batch]
+        np.take(group, batch).tolist()
         for group in groups_of(capture, examples)
-        for batch in token_batches([len(examples[index].input_ids) for index in group], capture.token_budget)
+        for batch in token_batches(lengths[group], capture.token_budget)
     ]
 
 

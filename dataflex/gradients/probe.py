@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 
 from dataflex import processes
 from dataflex.cost import out_of_memory
 from dataflex.data.examples import Example
+from dataflex.data.rows import lengths_of
 from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients.capture import (
     Capture,
@@ -55,8 +57,9 @@ def check_capture(capture: Capture, examples: Sequence[Example], progress: Progr
         UsageError: if the gradients of this model with this adapter cannot be taken.
     """
     groups = groups_of(capture, examples)
-    shortest = sorted(groups[-1], key=lambda index: len(examples[index].input_ids))
-    rows = [examples[index] for index in shortest[:2]]
+    last = np.array(groups[-1])
+    shortest = last[np.argsort(lengths_of(examples)[last], kind="stable")]
+    rows = [examples[index] for index in shortest[:2].tolist()]
     with _naming_the_longest(rows):
         with _noting_calls(capture) as called:
             found = _first_gradient(capture, rows)
@@ -103,14 +106,17 @@ def groups_of(capture: Capture, examples: Sequence[Example]) -> list[list[int]]:
 
 
 def _groups(capture: Capture, examples: Sequence[Example]) -> list[list[int]]:
-    by_length: dict[int, list[int]] = {}
-    for index, example in enumerate(examples):
-        by_length.setdefault(len(example.input_ids), []).append(index)
-    lengths = sorted(by_length)
+    if len(examples) < 2:
+        return [list(range(len(examples)))]
+    by_row = lengths_of(examples)
+    order = np.argsort(by_row, kind="stable")
+    lengths, starts = np.unique(by_row[order], return_index=True)
+    by_length = dict(zip(lengths.tolist(), np.split(order, starts[1:]), strict=True))
+    ascending = lengths.tolist()
 
     def alike(short: int, long: int) -> bool:
         """Whether the first row of length `short` runs beside the last one of length `long` as it runs alone."""
-        row, other = examples[by_length[short][0]], examples[by_length[long][-1]]
+        row, other = examples[int(by_length[short][0])], examples[int(by_length[long][-1])]
         alone, beside = _FirstRow(capture, [row]), _FirstRow(capture, [row, other])
         if not alone.is_like(_FirstRow(capture, [row])):
             raise UsageError(
@@ -119,14 +125,12 @@ def _groups(capture: Capture, examples: Sequence[Example]) -> list[list[int]]:
             )
         return alone.is_like(beside)
 
-    if len(examples) < 2:
-        return [list(range(len(examples)))]
-    ranges = length_ranges(lengths, alike)
-    crowded = [length for length in lengths if len(by_length[length]) > 1]
-    told_apart = not _mixes_tokens(capture, sorted(examples, key=lambda example: len(example.input_ids))[:2])
+    ranges = length_ranges(ascending, alike)
+    crowded = [length for length in ascending if len(by_length[length]) > 1]
+    told_apart = not _mixes_tokens(capture, [examples[index] for index in order[:2].tolist()])
     if not told_apart or (crowded and len(ranges) > 1 and not alike(crowded[0], crowded[0])):
-        return [[index] for length in reversed(lengths) for index in by_length[length]]
-    return [sorted(index for length in group for index in by_length[length]) for group in reversed(ranges)]
+        return [[index] for length in reversed(ascending) for index in by_length[length].tolist()]
+    return [np.sort(np.concatenate([by_length[length] for length in group])).tolist() for group in reversed(ranges)]
 
 
 def length_ranges(lengths: list[int], alike: Callable[[int, int], bool]) -> list[list[int]]:
@@ -161,7 +165,7 @@ def _naming_the_longest(examples: Sequence[Example]) -> Iterator[None]:
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        longest = max(examples, key=lambda example: len(example.input_ids))
+        longest = examples[int(np.argmax(lengths_of(examples)))]
         raise DataflexError(
             f"out of memory over {len(longest.input_ids)} tokens (row {longest.row} of {longest.dataset} is the "
             "longest); lower cutoff_len"

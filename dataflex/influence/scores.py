@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dataflex.data.examples import Example
+from dataflex.data.rows import dataset_columns, row_numbers
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import read_jsonl, write_jsonl
 
@@ -202,11 +203,12 @@ def scores_of(
     examples: Sequence[Example], several: bool, score: np.ndarray, by_subtask: Mapping[str, np.ndarray]
 ) -> Scores:
     """Arrays in the order of `examples` as Scores; `several` datasets are told apart by name."""
+    names, source = dataset_columns(examples)
     return Scores(
-        row=np.array([example.row for example in examples], dtype=np.int64),
+        row=row_numbers(examples),
         score=score,
         subtasks=dict(by_subtask),
-        dataset=[example.dataset for example in examples] if several else None,
+        dataset=[names[index] for index in source.tolist()] if several else None,
     )
 
 

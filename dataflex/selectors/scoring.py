@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from dataflex import processes
+from dataflex.data.rows import row_numbers
 from dataflex.errors import DataflexError
 from dataflex.influence.scores import Scores
 from dataflex.selectors.protocol import Selector, Situation, one_number_a_row
@@ -29,7 +30,7 @@ def check_scores(name: str, scores: object, situation: Situation) -> Scores:
         raise DataflexError(
             f"selector {name!r} returned a {type(scores).__name__}; expected Scores: return situation.scores(...)"
         )
-    expected = [example.row for example in situation.train.examples]
+    expected = row_numbers(situation.train.examples)
     score = one_number_a_row(f"selector {name!r}: score", scores.score, len(expected))
     if not np.array_equal(scores.row, expected):
         raise DataflexError(

@@ -12,6 +12,7 @@ from safetensors.numpy import save
 
 from dataflex import processes
 from dataflex.data.examples import Example
+from dataflex.data.rows import subtasks_of
 from dataflex.files import atomic, scratch_array
 from dataflex.influence.scores import ONE_SUBTASK, Scores, influence, settle
 from dataflex.selectors.protocol import Situation
@@ -21,7 +22,7 @@ STRIPE_ROWS = 4096
 
 def labels_of(validation: Sequence[Example]) -> list[str]:
     """The subtask of each validation row."""
-    return [example.subtask or ONE_SUBTASK for example in validation]
+    return [name or ONE_SUBTASK for name in subtasks_of(validation)]
 
 
 def scores_of_similarities(situation: Situation, similarities: np.ndarray) -> Scores:

@@ -8,6 +8,14 @@ import pytest
 
 from dataflex.config import RunConfig
 from dataflex.data.examples import load_split
+from dataflex.data.rows import (
+    dataset_columns,
+    largest_tokens,
+    lengths_of,
+    row_numbers,
+    subtasks_of,
+    supervised_tokens,
+)
 from dataflex.errors import UsageError
 
 
@@ -210,3 +218,16 @@ def test_progress_and_hash(tmp_path: Path, write_dataset, tokenizer) -> None:
     assert told == [("tokenizing", 2, "rows"), 2, "train data: 1 of 2 rows; 1 dropped, no response (first: row 1)"]
     write_dataset("a", [row(), row(output="c")])
     assert load_split(config(tmp_path, dataset="a"), tokenizer).fingerprint != before
+
+
+def test_columns_are_what_the_examples_say(tmp_path: Path, write_dataset, tokenizer) -> None:
+    write_dataset("some", [row(output="yes"), {"instruction": 3}, {**row(output="a longer one"), "subtask": "s"}, {"output": ""}])
+    write_dataset("more", [{"instruction": 1}, row(output="no no")])
+    mapped = load_split(config(tmp_path, dataset="some,more"), tokenizer).examples
+    rows = list(mapped)
+    assert [example.row for example in rows] == [0, 2, 3, 5]
+    for function in (lengths_of, supervised_tokens, row_numbers, largest_tokens, subtasks_of):
+        assert list(function(mapped)) == list(function(rows)), function.__name__
+    for examples in (mapped, rows):
+        names, source = dataset_columns(examples)
+        assert [names[index] for index in source] == [example.dataset for example in rows]

@@ -27,8 +27,8 @@ def end_token(template: Template | None, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def answered(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A question and an answer in the words of the tokenizer's template; empty where the tokenizer has no template, or the
-    template refuses them."""
+    """A question and an answer in the words of the tokenizer's template; empty where there is no template, or it
+    refuses them."""
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": CONTENT}]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))

@@ -174,7 +174,7 @@ def _from_openai(source: Source, record: dict[str, Any]) -> Conversation:
 
 
 def _turns(source: Source, record: dict[str, Any]) -> tuple[list[_Turn], str, list[str]]:
-    """The turns without a leading system turn; the system text, from this turn or from the column; and the turns left out."""
+    """The turns without a leading system turn; the system text, of this turn or the column; and the turns left out."""
     columns = source.columns
     fields = _list(record, columns.messages)
     for index, turn in enumerate(fields):
@@ -300,7 +300,7 @@ def _beside(text: str, calls: str) -> str:
 
 
 def _calls(turn: _Turn, plain: bool) -> str:
-    """The functions that a turn calls, as JSON; "" where it calls none. `plain`: arguments that are a JSON text are read."""
+    """The functions that a turn calls, as JSON; "" where it calls none. `plain`: arguments in a JSON text are read."""
     calls = turn.fields.get("tool_calls")
     if not calls:
         legacy = turn.fields.get("function_call")

@@ -183,7 +183,7 @@ def row_encoder(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Callab
 def pick_rows(
     sources: Sequence[Source], sizes: Sequence[int], max_samples: int | None, seed: int
 ) -> list[Sequence[int]]:
-    """The indices of the records used of each source, ascending: of num_samples drawn at random, the first max_samples."""
+    """The indices of the records used of each source, ascending: of num_samples drawn, the first max_samples."""
     picked: list[Sequence[int]] = []
     for source, size in zip(sources, sizes, strict=True):
         indices = _slice_of(source, size)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Literal, TYPE_CHECKING, overload
+from typing import IO, TYPE_CHECKING, Literal, overload
 
 import numpy as np
 

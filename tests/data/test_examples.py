@@ -103,7 +103,7 @@ def test_an_empty_response_is_kept_for_its_end_token(tmp_path: Path, write_datas
     write_dataset("empty", [row(output="")])
     (example,) = load_split(config(tmp_path, dataset="empty"), tokenizer).examples
     assert [label for label in example.labels if label != -100] == tokenizer.encode("<|im_end|>\n")
-    with pytest.raises(UsageError, match="row 0: no supervised token .the chat template writes none for the response"):
+    with pytest.raises(UsageError, match=r"row 0: no supervised token .the chat template writes none for the response"):
         load_split(config(tmp_path, dataset="empty", template="empty"), tokenizer)
 
 
@@ -221,7 +221,9 @@ def test_progress_and_hash(tmp_path: Path, write_dataset, tokenizer) -> None:
 
 
 def test_columns_are_what_the_examples_say(tmp_path: Path, write_dataset, tokenizer) -> None:
-    write_dataset("some", [row(output="yes"), {"instruction": 3}, {**row(output="a longer one"), "subtask": "s"}, {"output": ""}])
+    write_dataset(
+        "some", [row(output="yes"), {"instruction": 3}, {**row(output="a longer one"), "subtask": "s"}, {"output": ""}]
+    )
     write_dataset("more", [{"instruction": 1}, row(output="no no")])
     mapped = load_split(config(tmp_path, dataset="some,more"), tokenizer).examples
     rows = list(mapped)

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # Handed on lazily (PEP 562): importing dataflex, or asking the command line for help, imports no torch.
-if TYPE_CHECKING:  # _HOMES, for editors and type checkers
+if TYPE_CHECKING:  # HOMES, for editors and type checkers
     from dataflex.benchmark import bench
     from dataflex.config import RunConfig
     from dataflex.config_file import load_config
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 # Each name and the module it is imported from when it is first asked for.
-_HOMES = {
+HOMES = {
     "RunConfig": "dataflex.config",
     "load_config": "dataflex.config_file",
     "load_examples": "dataflex.data.examples",
@@ -59,9 +59,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("dataflex")
-    if name not in _HOMES:
+    if name not in HOMES:
         raise AttributeError(f"module 'dataflex' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

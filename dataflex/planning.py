@@ -1,8 +1,9 @@
 """What a command finds out before it writes anything: `--dry-run` shows it, the run acts on it.
 
-Each command has one function, named in PREPARATIONS, that finds out and checks everything before the first write. The
-run calls it, and so does the dry run, which describes what was found. A dry run asks no network, keeps no cache and
-loads no large weights: where one of these would be next, the preparation raises NotHere and the dry run ends there.
+Beside the function of each command stands `prepare_COMMAND`, which finds out and checks everything before the first
+write. The run calls it, and so does the dry run, which describes what was found. A dry run asks no network, keeps no
+cache and loads no large weights: where one of these would be next, the preparation raises NotHere and the dry run ends
+there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from dataflex import HOMES
 from dataflex.config import RunConfig, needed
 from dataflex.data.examples import Split, load_split
 from dataflex.data.preview import first_row, summary
@@ -23,18 +25,6 @@ from dataflex.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-PREPARATIONS = {
-    "warmup": "dataflex.training.runs:prepare_warmup",
-    "train": "dataflex.training.runs:prepare_train",
-    "dynamic": "dataflex.dynamic_run:prepare_dynamic",
-    "grads": "dataflex.gradients.collect:prepare_grads",
-    "score": "dataflex.influence.scoring:prepare_score",
-    "select": "dataflex.influence.selection:prepare_select",
-    "merge": "dataflex.merging:prepare_merge",
-    "bench": "dataflex.benchmark:prepare_bench",
-}
-"""By command: `package.module:function`, called with the config, a Plan and a Progress."""
 
 MAX_TRIED_PARAMETERS = 1 << 30  # of a base model that a dry run loads: 4 GiB in float32
 
@@ -81,9 +71,8 @@ def plan(config: RunConfig, command: str, progress: Progress = SILENT) -> Plan:
     Raises:
         UsageError: for whatever would stop the command before it writes anything.
     """
-    module, _, name = PREPARATIONS[command].partition(":")
     found = Plan(command, dry_run=True, config=config.model_dump(mode="json", exclude_none=True))
-    prepare: Callable[[RunConfig, Plan, Progress], Any] = getattr(import_module(module), name)
+    prepare: Callable[[RunConfig, Plan, Progress], Any] = getattr(import_module(HOMES[command]), f"prepare_{command}")
     try:
         prepare(config, found, progress)
     except NotHere as reason:

@@ -38,13 +38,13 @@ def heavy_after(code: str) -> list[str]:
 
 
 def test_type_checkers_see_the_names_that_are_handed_on():
-    assert imported_for_type_checkers(dataflex) == dataflex._HOMES
-    assert dataflex.__all__ == sorted([*dataflex._HOMES, "__version__"])
+    assert imported_for_type_checkers(dataflex) == dataflex.HOMES
+    assert dataflex.__all__ == sorted([*dataflex.HOMES, "__version__"])
 
 
-@pytest.mark.parametrize("name", sorted(dataflex._HOMES))
+@pytest.mark.parametrize("name", sorted(dataflex.HOMES))
 def test_a_name_is_what_its_module_holds(name: str):
-    assert getattr(dataflex, name) is getattr(importlib.import_module(dataflex._HOMES[name]), name)
+    assert getattr(dataflex, name) is getattr(importlib.import_module(dataflex.HOMES[name]), name)
     assert name in dir(dataflex)
 
 

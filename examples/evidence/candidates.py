@@ -3,8 +3,8 @@
     .venv/bin/python examples/evidence/candidates.py --rows 75 --seeds 1 2 3
 
 A pool of --rows rows of each of four kinds of real rows, tool calls as the target; SmolLM2-135M-Instruct, LoRA rank 16,
-template qwen. One round of 4 warm-up steps and three selections, each trained on for 4 steps of 4 rows. Each way is a run
-of its own, begun alike; a run that is done is read from --folder. Prints for each way the seconds of all selections
+template qwen. One round of 4 warm-up steps and three selections, each trained on for 4 steps of 4 rows. Each way is a
+run of its own, begun alike; a run that is done is read from --folder. Prints for each way the seconds of all selections
 against the full run's, and the share of the full run's picks that the second and third selections found.
 """
 
@@ -32,6 +32,7 @@ WAYS: dict[str, dict[str, object]] = {
     "candidates 0.4, layers 15-29": {"candidates": 0.4, "grad_layers": "15-29"},
 }
 STEPS = (4, 8, 12)
+HELD_OUT = 10  # the last tool calls, which data/toolcall_heldout.jsonl has as the target
 
 
 def write_pool(folder: Path, rows: int, seed: int) -> None:
@@ -40,6 +41,8 @@ def write_pool(folder: Path, rows: int, seed: int) -> None:
     info = {}
     for name in KINDS:
         records = json.loads((LIBRARY / "data" / source[name]["file_name"]).read_text(encoding="utf-8"))
+        if name == KINDS[-1]:
+            records = records[:-HELD_OUT]
         drawn = random.Random(f"{seed} {name}").sample(records, min(rows, len(records)))
         info[name] = {**source[name], "file_name": f"{name}.json"}
         (folder / f"{name}.json").write_text(json.dumps(drawn, ensure_ascii=False), encoding="utf-8")

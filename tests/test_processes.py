@@ -120,6 +120,27 @@ def test_exact_scores_under_zero_3(one, settings, repo):
     np.testing.assert_allclose([line["score"] for line in found], [line["score"] for line in wanted], rtol=1e-4)
 
 
+@pytest.mark.parametrize("zero", [None, "3"])
+def test_candidates_and_every_kind_of_selector_in_two_processes(settings, repo, tmp_path, zero):
+    """Text, hidden states, losses, and gradients less the pool's mean, of candidates alone."""
+    options = {
+        **settings,
+        "component_name": "less+rds+loss",
+        "marginal": True,
+        "contrast": "pool",
+        "candidates": 0.5,
+        "prefilter": "bm25",
+    }
+    assert run_dataflex("dynamic", tmp_path / "one", options, per_device_train_batch_size=4).returncode == 0
+    more = {"deepspeed": repo / "examples" / "deepspeed" / f"ds_z{zero}_config.json"} if zero else {}
+    two = run_dataflex("dynamic", tmp_path / "two", options, "--nproc", "2", per_device_train_batch_size=2, **more)
+    assert two.returncode == 0, two.stderr
+    for step in (3, 5):
+        wanted, found = selection(tmp_path / "one", step), selection(tmp_path / "two", step)
+        assert [line["row"] for line in found] == [line["row"] for line in wanted]
+        np.testing.assert_allclose([line["score"] for line in found], [line["score"] for line in wanted], rtol=1e-3)
+
+
 def test_zero_3_tries_gradients_before_the_first_step(one, settings, repo, tmp_path):
     """A model with a layer that is never called is refused; no step is taken."""
     folder = tmp_path / "model"

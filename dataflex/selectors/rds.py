@@ -48,6 +48,7 @@ def row_vectors(situation: Situation, examples: Sequence[Example], description: 
         weights = torch.where(position <= lengths, position, 0).float()
         return torch.einsum("rt,rth->rh", weights / weights.sum(dim=1, keepdim=True), hidden)
 
-    width = model.get_output_embeddings().weight.shape[-1]
+    weight = model.get_output_embeddings().weight
+    width = getattr(weight, "ds_shape", weight.shape)[-1]  # ZeRO-3 leaves an empty tensor in its place
     out = scratch_array((len(examples), width), np.float32, situation.memory)
     return gathered_rows(forward_rows(capture, examples, compute, situation.progress, description), out)

@@ -44,5 +44,6 @@ $(READY): pyproject.toml constraints.txt
 	        "Name another: make setup PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 	@echo "installing dataflex and its requirements into .venv (once; torch alone takes a while)"
+	@$(PY) -m pip uninstall --quiet --yes dataflex 2>/dev/null  # the name of an earlier checkout, or of another project
 	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[dev,deepspeed]' -c constraints.txt
 	@touch $@

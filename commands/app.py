@@ -11,8 +11,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-import dataflex
-
 # Each command and the first sentence of its function's docstring. commands/NAME.py holds the function NAME.
 COMMANDS = {
     "dynamic": "Fine-tune on random rows first, then on rows that are selected as training goes on.",
@@ -67,7 +65,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"dataflex {dataflex.__version__}")
+        from dataflex.distribution import own_version
+
+        typer.echo(f"dataflex {own_version()}")
         raise typer.Exit
 
 

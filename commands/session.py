@@ -20,6 +20,7 @@ from dataflex import environment
 from dataflex.commands.console import Console
 from dataflex.commands.signals import stoppable
 from dataflex.config import RunConfig, help_of
+from dataflex.distribution import namesake_notice
 from dataflex.errors import DataflexError
 from dataflex.progress import Interrupted
 
@@ -112,6 +113,8 @@ def session(
     first = environment.rank() == 0
     console = Console(as_json=as_json, quiet=quiet, first=first)
     debug = os.environ.get("DATAFLEX_DEBUG") == "1"
+    if notice := namesake_notice():
+        console.warning(notice)
     try:
         _quieten_libraries(debug)
         path, overrides = _split_arguments(arguments or [])

@@ -55,10 +55,10 @@ HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":  # of the installed package: pyproject.toml has the number
-        from importlib.metadata import version
+    if name == "__version__":
+        from dataflex.distribution import own_version
 
-        return version("dataflex")
+        return own_version()
     if name not in HOMES:
         raise AttributeError(f"module 'dataflex' has no attribute {name!r}")
     return getattr(import_module(HOMES[name]), name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import yaml
 from transformers import TrainerCallback
 
 from dataflex.config import MARKS, ROW_KEYS, RunConfig, needed, values_of
+from dataflex.distribution import own_version
 from dataflex.files import make_ordinary, write_text
 from dataflex.keys import Decides, select_keys
 from dataflex.masking import masked
@@ -62,7 +62,7 @@ def adapter_card(config: RunConfig, folder: Path) -> str:
         [
             _head(base, "peft", ["lora"]),
             f"# {folder.resolve().name}\n",
-            f"A LoRA adapter. {MADE_BY} {version('dataflex')}.\n",
+            f"A LoRA adapter. {MADE_BY} {own_version()}.\n",
             f"## Base\n\n{_lines(about)}\n",
             f"## Data\n\n{_listed(config, DATA)}\n",
             f"## Selection\n\n{selection}\n",
@@ -79,7 +79,7 @@ def merged_card(config: RunConfig, difference: str) -> str:
     parts = [
         _head(base, "transformers", []),
         f"# {Path(config.export_dir or '').name}\n",
-        f"A base model with LoRA adapters merged in. {MADE_BY} {version('dataflex')}.\n",
+        f"A base model with LoRA adapters merged in. {MADE_BY} {own_version()}.\n",
         f"## Base\n\n{_lines(about)}\n",
         f"## Check\n\nRead back after writing, its {difference}.\n",
     ]

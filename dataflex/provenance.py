@@ -20,12 +20,13 @@ from typing import Any
 
 from dataflex import processes
 from dataflex.config import RunConfig, needed, save_config
+from dataflex.distribution import own_version
 from dataflex.errors import UsageError
 from dataflex.files import write_json
 from dataflex.locks import Lock
 from dataflex.origin import Origin
 
-LIBRARIES = ("dataflex", "torch", "transformers", "peft", "accelerate", "datasets", "h5py", "deepspeed")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "h5py", "deepspeed")
 FILE_NAME = "run.json"
 LOCK_NAME = ".lock"
 CONFIG_NAME = "config.yaml"
@@ -37,7 +38,7 @@ REMAINS = (FILE_NAME, "checkpoint-*", "selections", "gradients", "trainer_log.js
 
 def versions() -> dict[str, str]:
     """Versions of the libraries on which the results of a run may depend."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "dataflex": own_version()}
     for name in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)

@@ -67,7 +67,7 @@ def test_help_imports_nothing_heavy():
 
 def test_the_version_is_the_one_in_pyproject(repo: Path, run_cli: Callable[..., subprocess.CompletedProcess[str]]):
     declared = tomllib.loads((repo / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    installed = importlib.metadata.version("dataflex")
+    installed = importlib.metadata.version("dataflex-less")
     if installed != declared:
         pytest.fail(f"dataflex {installed} is installed and pyproject.toml says {declared}: run `make setup`")
     assert dataflex.__version__ == declared

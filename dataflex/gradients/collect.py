@@ -14,6 +14,7 @@ from dataflex import processes
 from dataflex.config import MARKS, RunConfig, needed, values_of
 from dataflex.data.examples import Split, dated, split_names
 from dataflex.data.rows import dataset_columns, row_numbers, subtasks_of, supervised_tokens
+from dataflex.distribution import own_version
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import check_room
 from dataflex.fingerprints import base_model_fingerprint, live_adapter_fingerprint
@@ -36,7 +37,7 @@ from dataflex.store.reader import GradientStore
 from dataflex.store.writer import StoreWriter, create_store
 from dataflex.training.moments import AdamMoments, load_moments, moments_fingerprint
 
-LIBRARIES = ("dataflex", "torch", "transformers", "peft", "h5py")
+LIBRARIES = ("torch", "transformers", "peft", "h5py")
 # Keys that a store does not hold by their own name: what they stand for is in its manifest.
 TOLD_OTHERWISE = ("eval_gradient_type", "eval_dataset", "dataset_dir")
 MANIFEST_KEYS = select_keys(
@@ -213,7 +214,7 @@ def manifest_of(
         "token_budget": capture.token_budget,
         "step": moments.step if moments else 0,
         "learning_rate": moments.learning_rate if moments else config.learning_rate,
-        "versions": {name: version(name) for name in LIBRARIES},
+        "versions": {"dataflex": own_version(), **{name: version(name) for name in LIBRARIES}},
     }
     further = [key for key in MANIFEST_KEYS if key not in typed and key not in TOLD_OTHERWISE]
     settings = values_of(config, further)

@@ -16,6 +16,8 @@ setup: $(READY)  ## build .venv, fetch the demo model and data
 demo: setup  ## select and train on real data, on CPU or GPU
 	@echo "the demo: SmolLM2-135M fine-tuned on rows that LESS picks; 2 to 6 minutes on two CPU cores"
 	.venv/bin/dataflex dynamic examples/demo.yaml --overwrite
+	@echo "ask the model: $(PY) examples/ask.py saves/demo 'What is the capital of France?'"
+	@echo "your own data: source .venv/bin/activate (or write .venv/bin/dataflex), then as README.md says"
 
 test: setup  ## run the tests
 	$(PY) -m pytest -n 2 --dist loadfile

@@ -1,4 +1,4 @@
-"""Ask a merged model something through plain transformers: python examples/ask.py MODEL_DIR "a question" """
+"""Ask a model, or an adapter and its base, through plain transformers: python examples/ask.py FOLDER "a question" """
 
 from __future__ import annotations
 

@@ -113,8 +113,6 @@ def session(
     first = environment.rank() == 0
     console = Console(as_json=as_json, quiet=quiet, first=first)
     debug = os.environ.get("DATAFLEX_DEBUG") == "1"
-    if notice := namesake_notice():
-        console.warning(notice)
     try:
         _quieten_libraries(debug)
         path, overrides = _split_arguments(arguments or [])
@@ -128,6 +126,8 @@ def session(
                 check_needs(config, command)
             if not alone:
                 _start_processes(config, nproc, console)
+            if notice := namesake_notice():  # after a launcher's part of the command, so that it is said once
+                console.warning(notice)
             yield Session(config, console)
             if "torch.distributed" in sys.modules:
                 from dataflex import processes

@@ -34,7 +34,7 @@ bench: setup  ## gradients against LoRA training on this machine
 	.venv/bin/dataflex bench examples/demo.yaml
 
 clean:  ## remove .venv and what builds, tests and runs wrote; keep data/ and models/
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis saves models/.converting-*
+	rm -rf .venv build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis saves models/.converting-*
 	find dataflex commands examples tests -name __pycache__ -prune -exec rm -rf {} +
 	@echo "kept data/ and models/, which take a download to make again; delete them by hand if you mean to"
 

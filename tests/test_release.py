@@ -35,9 +35,9 @@ def run(*command: object, cwd: Path, env: dict[str, str] | None = None) -> subpr
 def built(repo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the source distribution of a copy of the repository, and the wheel that was built from it."""
     copy = tmp_path_factory.mktemp("source") / "dataflex"
-    tracked = ["pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "dataflex", "commands", "examples"]
+    parts = ["pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "dataflex", "commands", "docs", "examples"]
     copy.mkdir()
-    run("cp", "-r", *tracked, copy, cwd=repo)
+    run("cp", "-r", *parts, copy, cwd=repo)
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, copy, cwd=folder)
     return folder

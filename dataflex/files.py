@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
 MAX_IN_MEMORY = 1 << 28  # bytes of an array that is not kept in a file
+
+
+class Digest(Protocol):
+    """A hash that bytes are added to, as hashlib makes them."""
+
+    def update(self, data: Any, /) -> None: ...
+
 
 # What a write fails with through no fault of the program's.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -120,15 +128,40 @@ def json_lines(path: Path | str, records: Iterable[Any]) -> Iterator[str]:
             raise UsageError(f"{path}, record {number}: {error}") from None
 
 
-def read_jsonl(path: Path | str, what: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON file, one a line or in any layout; a UsageError names `what`, the file and the line."""
+def read_jsonl(path: Path | str, what: str, digest: Digest | None = None) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON file, one a line or in any layout; a UsageError names `what`, the file and the line.
+
+    Args:
+        digest: is given the file's bytes as they are read; all of them once the last object was taken.
+    """
     try:
-        with open(path, encoding="utf-8-sig") as handle:
+        with open_text(path, digest) as handle:
             yield from iter_objects(handle, f"{what} {path}")
     except OSError as error:
         raise UsageError(f"{what} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{what} {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
+
+
+def open_text(path: Path | str, digest: Digest | None = None, newline: str | None = None) -> IO[str]:
+    """A file of UTF-8 text, open for reading; `digest` is given its bytes as they are read."""
+    if digest is None:
+        return open(path, encoding="utf-8-sig", newline=newline)
+    raw = io.BufferedReader(_Digested(path, digest), 1 << 20)
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline)
+
+
+class _Digested(io.FileIO):
+    """A file whose bytes go to a digest when they are read."""
+
+    def __init__(self, path: Path | str, digest: Digest) -> None:
+        super().__init__(path)
+        self.digest = digest
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        count = super().readinto(buffer)
+        self.digest.update(memoryview(buffer)[: count or 0])
+        return count
 
 
 def check_output_file(path: str | Path, overwrite: bool) -> Path:

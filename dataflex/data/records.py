@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dataflex.data.hub import HubDataset, load_hub
 from dataflex.errors import UsageError
-from dataflex.files import read_jsonl
+from dataflex.files import Digest, open_text, read_jsonl
 
 if TYPE_CHECKING:
     import pyarrow
@@ -71,13 +71,20 @@ class Source:
     entry: str | None = None
 
 
-def iter_records(source: Source) -> Iterator[dict[str, Any]]:
-    """The records of a source, in order, never all at once; a UsageError names the file and the row that is not one."""
+def iter_records(source: Source, digest: Digest | None = None) -> Iterator[dict[str, Any]]:
+    """The records of a source, in order, never all at once; a UsageError names the file and the row that is not one.
+
+    Args:
+        digest: is given the bytes that `data_hash` hashes, all of them once the last record was taken.
+    """
     if source.hub is not None:
-        yield from map(_from_arrow, _hub_rows(source))
+        for record in _hub_rows(source):
+            if digest is not None:
+                digest.update(_hub_bytes(record))
+            yield _from_arrow(record)
         return
     for path in files_of(source):
-        yield from _read(path)
+        yield from _read(path, digest)
 
 
 def read_records(source: Source) -> list[dict[str, Any]]:
@@ -120,13 +127,21 @@ def data_hash(sources: Iterable[Source]) -> str:
     for source in sources:
         if source.hub is not None:
             for record in _hub_rows(source):
-                digest.update(json.dumps(record, sort_keys=True, default=str).encode())
+                digest.update(_hub_bytes(record))
             continue
         for path in files_of(source):
-            with open(path, "rb") as handle:
-                while chunk := handle.read(1 << 20):
-                    digest.update(chunk)
+            _digest_file(path, digest)
     return digest.hexdigest()
+
+
+def _hub_bytes(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True, default=str).encode()
+
+
+def _digest_file(path: Path, digest: Digest) -> None:
+    with open(path, "rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
 
 
 def file_sizes(sources: Iterable[Source]) -> list[tuple[str, int]]:
@@ -174,7 +189,7 @@ def _refuse_unknown_columns(source: Source, fields: Collection[str]) -> None:
         )
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
+def _read(path: Path, digest: Digest | None = None) -> Iterator[dict[str, Any]]:
     readers = {
         ".json": _read_json,
         ".jsonl": _read_json,
@@ -187,21 +202,21 @@ def _read(path: Path) -> Iterator[dict[str, Any]]:
     if reader is None:
         raise UsageError(f"data file {path}: unknown kind {path.suffix!r}; expected {', '.join(SUFFIXES)}")
     try:
-        yield from reader(path)
+        yield from reader(path, digest)
     except OSError as error:
         raise UsageError(f"data file {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"data file {path}: not UTF-8 text ({error.reason}); save it as UTF-8") from None
 
 
-def _read_json(path: Path) -> Iterator[dict[str, Any]]:
-    return read_jsonl(path, "data file")
+def _read_json(path: Path, digest: Digest | None) -> Iterator[dict[str, Any]]:
+    return read_jsonl(path, "data file", digest)
 
 
-def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+def _read_csv(path: Path, digest: Digest | None) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(sys.maxsize)  # of every reader in the process; a conversation outgrows the usual 128 KB
     try:
-        with open(path, encoding="utf-8-sig", newline="") as handle:
+        with open_text(path, digest, newline="") as handle:
             lines = (line for line in csv.reader(handle, strict=True) if "".join(line[:1]).strip() or len(line) > 1)
             header = next(lines, [])
             for number, line in enumerate(lines):
@@ -212,16 +227,18 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
         raise UsageError(f"data file {path}: not valid CSV ({error})") from None
 
 
-def _read_txt(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8-sig") as handle:
+def _read_txt(path: Path, digest: Digest | None) -> Iterator[dict[str, Any]]:
+    with open_text(path, digest) as handle:
         for line in handle:
             yield {"text": line.removesuffix("\n")}
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: Path, digest: Digest | None) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    if digest is not None:  # the file is not read from its first byte to its last
+        _digest_file(path, digest)
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches():
@@ -230,9 +247,11 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise UsageError(f"data file {path}: not a parquet file ({error})") from None
 
 
-def _read_arrow(path: Path) -> Iterator[dict[str, Any]]:
+def _read_arrow(path: Path, digest: Digest | None) -> Iterator[dict[str, Any]]:
     import pyarrow
 
+    if digest is not None:
+        _digest_file(path, digest)
     try:
         with pyarrow.memory_map(str(path)) as handle:
             for batch in _arrow_batches(handle):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +17,51 @@ from dataflex.data.conversations import (
     Unusable,
     to_conversation,
 )
-from dataflex.data.records import Source, read_records
+from dataflex.data.records import Source, iter_records
 from dataflex.errors import UsageError
+from dataflex.files import Digest
+from dataflex.progress import SILENT, Progress
+
+REPORTED = 1000  # rows between two signs of progress
+
+Taken = tuple[Source, dict[str, Any]]
+"""A record and the source it stands in."""
 
 
-def subset_records(sources: Sequence[Source], rows: Sequence[int]) -> list[dict[str, Any]]:
-    """The records of `rows`, in that order; row numbers count through the sources.
+def take_records(
+    sources: Sequence[Source], rows: Collection[int], digest: Digest | None = None, progress: Progress = SILENT
+) -> tuple[dict[int, Taken], int]:
+    """The records of those `rows` that there are, and how many records there are in all.
+
+    Row numbers count through the sources. Every source is read once, and no other record is kept.
+
+    Args:
+        digest: is given the bytes that `data_hash` hashes.
+    """
+    wanted, taken = set(rows), {}
+    pool = ((source, record) for source in sources for record in iter_records(source, digest))
+    number = -1
+    with progress.task("reading", max(wanted, default=-1) + 1, "rows") as task:
+        for number, pair in enumerate(pool):
+            if number in wanted:
+                taken[number] = pair
+            if number % REPORTED == REPORTED - 1:
+                task.advance(REPORTED)
+    return taken, number + 1
+
+
+def subset_records(taken: Sequence[Taken], rows: Sequence[int]) -> list[dict[str, Any]]:
+    """What a subset file holds for `taken`, the records of `rows`.
 
     They are the source's own records where a file of them is recognised and says the same; sources of
     several formats, or with columns of their own, give `messages` (and `tools`) records instead.
 
     Raises:
-        UsageError: a row beyond the data, or one that has no conversation to be written as messages.
+        UsageError: a row that has no conversation to be written as messages.
     """
-    pool = [(source, record) for source in sources for record in read_records(source)]
-    beyond = [row for row in rows if not 0 <= row < len(pool)]
-    if beyond:
-        names = ", ".join(source.name for source in sources)
-        raise UsageError(
-            f"row {beyond[0]} is not in {names}, which has rows 0 to {len(pool) - 1}; name the scored data"
-        )
-    chosen = [pool[row] for row in rows]
-    if _reads_back(chosen):
-        return [dict(record) for _, record in chosen]
-    return [_as_record(source, record, row) for (source, record), row in zip(chosen, rows, strict=True)]
+    if _reads_back(taken):
+        return [dict(record) for _, record in taken]
+    return [_as_record(source, record, row) for (source, record), row in zip(taken, rows, strict=True)]
 
 
 def as_messages(conversation: Conversation) -> dict[str, Any]:
@@ -87,7 +108,7 @@ def _opened_tools(tools: str) -> Any:
     return opened if isinstance(opened, list) else tools
 
 
-def _reads_back(chosen: Sequence[tuple[Source, dict[str, Any]]]) -> bool:
+def _reads_back(chosen: Sequence[Taken]) -> bool:
     """Whether a file of these records, as they are, is recognised and holds the same conversations."""
     if not chosen:
         return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from dataflex.files import read_jsonl, write_jsonl
 
 MIN_HELD = 1024
 """The fewest indices that a turn's order holds at a time."""
+
+MAX_ROW = (1 << 63) - 1
 
 ONE_SUBTASK = "all"
 """The name of the only subtask where validation rows name none."""
@@ -268,15 +271,15 @@ def read_scores(path: str | Path) -> Scores:
     Raises:
         UsageError: naming the first line that is not a score, or a row that stands twice.
     """
-    rows: list[int] = []
-    values: list[float] = []
-    datasets: list[str | None] = []
-    seen: set[int] = set()
+    rows, values = array("q"), array("d")
+    names: dict[str, int] = {}
+    named = array("i")
+    """Of each row, the position of its dataset's name in `names`."""
     for number, record in enumerate(read_jsonl(path, "scores"), start=1):
         row, score = record.get("row"), record.get("score")
         if (
             type(row) is not int
-            or row < 0
+            or not 0 <= row <= MAX_ROW
             or isinstance(score, bool)
             or not isinstance(score, (int, float))
             or not math.isfinite(score)
@@ -284,13 +287,20 @@ def read_scores(path: str | Path) -> Scores:
             raise UsageError(
                 f'scores {path}, record {number}: expected {{"row": 17, "score": 0.01}}, found {str(record)[:80]}'
             )
-        if row in seen:
-            raise UsageError(f"scores {path}, record {number}: row {row} stands twice")
-        seen.add(row)
         rows.append(row)
         values.append(float(score))
-        datasets.append(record.get("dataset"))
+        if record.get("dataset") is not None:
+            named.append(names.setdefault(str(record["dataset"]), len(names)))
     if not rows:
         raise UsageError(f"scores {path}: no scores in it")
-    named = [str(name) for name in datasets] if all(name is not None for name in datasets) else None
-    return Scores(np.array(rows, dtype=np.int64), np.array(values), {}, named)
+    row = np.array(rows)
+    order = np.argsort(row, kind="stable")
+    twice = order[1:][row[order[1:]] == row[order[:-1]]]
+    if len(twice):
+        first = twice.min()
+        raise UsageError(f"scores {path}, record {first + 1}: row {row[first]} stands twice")
+    dataset = None
+    if len(named) == len(rows):
+        by_position = list(names)
+        dataset = [by_position[position] for position in named]
+    return Scores(row, np.array(values), {}, dataset)

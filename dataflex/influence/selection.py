@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,7 @@ import numpy as np
 
 from dataflex.config import RunConfig, needed
 from dataflex.data.catalog import find_sources
-from dataflex.data.records import data_hash, read_records
-from dataflex.data.subset import subset_records
+from dataflex.data.subset import subset_records, take_records
 from dataflex.errors import UsageError
 from dataflex.files import json_lines, sha256_of, write_text
 from dataflex.influence.scores import Scores, ranking, read_scores
@@ -83,21 +83,22 @@ def prepare_select(config: RunConfig, plan: Plan, progress: Progress = SILENT) -
     chosen = choose(scores, top=config.top, count=config.count, threshold=config.threshold)
 
     sources = find_sources(names, config.dataset_dir)
-    files = data_hash(sources)
     manifest = read_manifest(Path(needed(config.scores)), len(scores.row), progress)
+    rows = [int(scores.row[index]) for index in chosen]
+    digest = hashlib.sha256()
+    taken, total = take_records(sources, rows, digest, progress)
+    files = digest.hexdigest()
     if manifest is not None and manifest.get("files") not in (None, files):
         raise UsageError(
             f"scores {config.scores} were made from other data than {', '.join(names)}: its files had the hash "
             f"{str(manifest['files'])[:12]}, these have {files[:12]}; name the data as it was scored, or score it again"
         )
-    rows = [int(scores.row[index]) for index in chosen]
-    total = sum(len(read_records(source)) for source in sources)
     if scores.row.max() >= total:
         raise UsageError(
             f"scores {config.scores}: row {scores.row.max()} is past the end of {', '.join(names)} ({total} rows); "
             "name the data the scores were made from"
         )
-    records = subset_records(sources, rows)
+    records = subset_records([taken[row] for row in rows], rows)
     if not config.plain:
         for record, index in zip(records, chosen, strict=True):
             record["dataflex"] = {"row": int(scores.row[index]), "score": float(scores.score[index])}

@@ -456,7 +456,7 @@ def test_a_subset_of_what_json_cannot_hold_reads_back(tmp_path: Path) -> None:
     rows = [{"instruction": "a", "output": "b", "day": datetime.date(2026, 1, 2), "raw": b"\x00", "n": float("nan")}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     source = recognise("rows", tmp_path / "rows.parquet", rows[0])
-    write_jsonl(tmp_path / "subset.jsonl", subset_records([source], [0]))
+    write_jsonl(tmp_path / "subset.jsonl", subset_records([(source, *read_records(source))], [0]))
     (record,) = read_records(Source("subset", tmp_path / "subset.jsonl"))
     assert record == {"instruction": "a", "output": "b", "day": "2026-01-02", "raw": "AA==", "n": None}
 
@@ -468,7 +468,7 @@ def test_half_a_surrogate_pair_drops_its_row_and_crashes_nothing(tmp_path: Path,
     write_jsonl(tmp_path / "rows.jsonl", records)
     source = recognise("rows", tmp_path / "rows.jsonl", good)
     assert read_records(source) == records
-    write_jsonl(tmp_path / "again.jsonl", subset_records([source], [3, 0, 1]))
+    write_jsonl(tmp_path / "again.jsonl", subset_records([(source, records[row]) for row in (3, 0, 1)], [3, 0, 1]))
     split = load_split(RunConfig(dataset=[str(tmp_path / "rows.jsonl")], template="smollm2"), tokenizer)
     assert [example.row for example in split.examples] == [0, 3]
     assert list(split.report.dropped) == [

@@ -17,7 +17,7 @@ from dataflex.config import RunConfig
 from dataflex.data.catalog import find_sources, recognise
 from dataflex.data.examples import load_split
 from dataflex.data.records import Source, count_records, first_record, iter_records, read_records
-from dataflex.data.subset import subset_records
+from dataflex.data.subset import subset_records, take_records
 from dataflex.errors import UsageError
 from dataflex.files import write_jsonl
 from dataflex.inspection import inspect
@@ -113,7 +113,8 @@ def answers(folder: Path, path: Path, tokenizer) -> dict[str, list]:
     everything = list(range(len(records)))
     looked_at = inspect(config, str(path))
     split = load_split(config, tokenizer, keep=False)
-    write_jsonl(folder / "subset.jsonl", subset_records([source], everything))
+    taken, _ = take_records([source], everything)
+    write_jsonl(folder / "subset.jsonl", subset_records(list(taken.values()), everything))
     return {
         "records": [records, list(iter_records(source)), read_records(Source("subset", folder / "subset.jsonl"))],
         "number": [len(records), count_records(source), looked_at.facts["rows"], split.report.seen],

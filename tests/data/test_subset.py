@@ -1,16 +1,18 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 
 from dataflex.config import RunConfig
 from dataflex.data.catalog import find_sources, recognise
 from dataflex.data.conversations import to_conversation
 from dataflex.data.examples import load_split, row_encoder
-from dataflex.data.records import read_records
-from dataflex.data.subset import as_messages, subset_records
+from dataflex.data.records import Source, data_hash, read_records
+from dataflex.data.subset import as_messages, subset_records, take_records
 from dataflex.errors import UsageError
 from dataflex.files import write_jsonl
 
@@ -18,9 +20,14 @@ POOL = Path(__file__).parent / "fixtures" / "pool"
 ROWS = [7, 3, 11, 0]
 
 
+def subset_of(sources: list[Source], rows: list[int]) -> list[dict]:
+    taken, _ = take_records(sources, rows)
+    return subset_records([taken[row] for row in rows], rows)
+
+
 def round_trip(names: list[str], folder: Path, rows: list[int], tmp_path: Path, tokenizer) -> list[dict]:
     """The records of `rows`, having checked that they read back to the same tokens in their order."""
-    records = subset_records(find_sources(names, folder), rows)
+    records = subset_of(find_sources(names, folder), rows)
     path = tmp_path / "subset.jsonl"
     write_jsonl(
         path, [{**record, "dataflex": {"row": row, "score": 0.5}} for row, record in zip(rows, records, strict=True)]
@@ -87,8 +94,33 @@ def test_a_column_that_was_not_read_stays_unread(tmp_path: Path, write_dataset, 
 
 def test_rows_that_are_not_there(data_dir: Path) -> None:
     sources = find_sources(["identity"], data_dir)
-    with pytest.raises(UsageError, match="row 91 is not in identity, which has rows 0 to 90"):
-        subset_records(sources, [0, 91])
+    taken, total = take_records(sources, [0, 91])
+    assert (list(taken), total) == ([0], 91)
     with pytest.raises(UsageError, match="row 98 of turns cannot be written as messages: no response"):
-        subset_records([*sources, *find_sources(["turns"], POOL)], [0, 91 + 7])
-    assert subset_records(sources, []) == []
+        subset_of([*sources, *find_sources(["turns"], POOL)], [0, 91 + 7])
+    assert subset_of(sources, []) == []
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "txt", "parquet", "arrow"])
+def test_one_reading_gives_records_and_hash(kind: str, tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {n}", "output": "ö" * n} for n in range(1, 2500)]
+    path = tmp_path / f"rows.{kind}"
+    frame = datasets.Dataset.from_list(rows)
+    if kind == "json":
+        path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    elif kind == "jsonl":
+        write_jsonl(path, rows)
+    elif kind == "csv":
+        frame.to_csv(str(path))
+    elif kind == "txt":
+        path.write_text("".join(f"{row}\r\n" for row in rows), encoding="utf-8", newline="")
+    elif kind == "parquet":
+        frame.to_parquet(str(path))
+    else:
+        frame.save_to_disk(str(tmp_path / "saved"))
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(path)
+    source, digest = Source("rows", path), hashlib.sha256()
+    taken, total = take_records([source], [2000, 3], digest)
+    assert digest.hexdigest() == data_hash([source])
+    whole = read_records(source)
+    assert total == len(whole) and taken == {row: (source, whole[row]) for row in (3, 2000)}

@@ -12,6 +12,7 @@ if TYPE_CHECKING:  # HOMES, for editors and type checkers
     from dataflex.config_file import load_config
     from dataflex.data.examples import load_examples
     from dataflex.dynamic_run import dynamic
+    from dataflex.evaluation.run import evaluate
     from dataflex.gradients.collect import grads
     from dataflex.influence.scoring import score
     from dataflex.influence.selection import select
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "bench",
     "dynamic",
+    "evaluate",
     "grads",
     "load_config",
     "load_examples",
@@ -50,6 +52,7 @@ HOMES = {
     "select": "dataflex.influence.selection",
     "merge": "dataflex.merging",
     "dynamic": "dataflex.dynamic_run",
+    "evaluate": "dataflex.evaluation.run",
     "bench": "dataflex.benchmark",
 }
 

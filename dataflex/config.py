@@ -136,7 +136,8 @@ class RunConfig(BaseModel):
 
     # --- model -----------------------------------------------------------------------------
     model_name_or_path: Annotated[
-        str | None, Key(Decides.MODEL, path="input", by_content=True, needed_by=(*TRAINS, "grads", "merge", "bench"))
+        str | None,
+        Key(Decides.MODEL, path="input", by_content=True, needed_by=(*TRAINS, "grads", "merge", "bench", "eval")),
     ] = None
     """Base model: a hub id, a local directory, or a .gguf file."""
     adapter_name_or_path: Annotated[
@@ -392,8 +393,14 @@ class RunConfig(BaseModel):
     """Checkpoint directories that warmup or train wrote."""
     split: Annotated[Literal["train", "eval"], Key(Decides.ROWS, used_by=("grads", "bench"))] = "train"
     """Collect gradients of `dataset` (train) or of `eval_dataset` (eval)."""
-    output: Annotated[str | None, Key(Decides.NOTHING, path="output", needed_by=("grads", "score", "select"))] = None
+    output: Annotated[
+        str | None, Key(Decides.NOTHING, path="output", needed_by=("grads", "score", "select", "eval"))
+    ] = None
     """The file to write."""
+    held_out: Annotated[Names | None, Key(Decides.ROWS, used_by=("eval",), path="input")] = None
+    """Datasets that `eval` measures on, written like `dataset`. null: the validation data."""
+    rows: Annotated[str | None, Key(Decides.NOTHING, used_by=("eval",), path="output")] = None
+    """File for a line of JSON for each row that `eval` measures. null: none."""
     train_stores: Annotated[Names | None, Key(Decides.SCORES, used_by=("score",), path="input", by_content=True)] = None
     """Gradient stores of the training rows, one per checkpoint."""
     eval_stores: Annotated[Names | None, Key(Decides.SCORES, used_by=("score",), path="input", by_content=True)] = None

@@ -38,11 +38,11 @@ class Decides(Enum):
 
 
 TRAINS = ("warmup", "train", "dynamic")
-COMMANDS = (*TRAINS, "grads", "score", "select", "merge", "bench", "inspect")
+COMMANDS = (*TRAINS, "grads", "score", "select", "merge", "bench", "inspect", "eval")
 
 USERS: Mapping[Decides, tuple[str, ...]] = {
-    Decides.ROWS: (*TRAINS, "grads", "score", "bench", "inspect"),
-    Decides.MODEL: (*TRAINS, "grads", "score", "merge", "bench"),
+    Decides.ROWS: (*TRAINS, "grads", "score", "bench", "inspect", "eval"),
+    Decides.MODEL: (*TRAINS, "grads", "score", "merge", "bench", "eval"),
     Decides.TRAINING: TRAINS,
     Decides.DIRECTION: ("dynamic", "grads", "score", "bench"),
     Decides.PROJECTION: ("dynamic", "grads", "score", "bench"),

@@ -153,6 +153,18 @@ def _check_bench(config: RunConfig) -> None:
     check_weights(config)
 
 
+def _check_eval(config: RunConfig) -> None:
+    require(config, "eval", *([] if config.held_out else ["eval_dataset"]))
+    for path in filter(None, (config.output, config.rows)):
+        check_output_file(path, config.overwrite)
+    if config.held_out:
+        config = config.changed(eval_dataset=config.held_out, val_size=0.0)
+    check_rows(config, "eval")
+    check_weights(config)
+    for path in config.adapter_name_or_path or []:
+        adapter_folder(path)
+
+
 CHECKS: dict[str, Callable[[RunConfig], None]] = {
     "warmup": _check_warmup,
     "train": _check_train,
@@ -162,6 +174,7 @@ CHECKS: dict[str, Callable[[RunConfig], None]] = {
     "select": _check_select,
     "merge": _check_merge,
     "bench": _check_bench,
+    "eval": _check_eval,
 }
 """By command."""
 

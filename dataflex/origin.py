@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dataflex.config import MARKS, RunConfig, default_of, values_of
-from dataflex.keys import select_keys
+from dataflex.keys import TRAINS, select_keys
 from dataflex.masking import masked
 
 LONGEST_SHOWN = 60  # characters of a value in a message
@@ -73,7 +73,9 @@ def origin(
 ) -> Origin:
     """The origin of what `command` makes of `config` and of inputs with these fingerprints and facts."""
     keys = select_keys(MARKS, lambda mark: mark.compared and command in mark.users)
-    values = {**values_of(config, keys), "rows_per_step": config.rows_per_step}
+    values = values_of(config, keys)
+    if command in TRAINS:
+        values["rows_per_step"] = config.rows_per_step
     return Origin(command, masked(values), dict(content), masked({name: dict(found) for name, found in facts.items()}))
 
 

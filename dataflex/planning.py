@@ -26,6 +26,8 @@ from dataflex.progress import SILENT, Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FUNCTIONS = {"eval": "evaluate"}
+"""The library's functions of another name than their command's; Python has an `eval` of its own."""
 MAX_TRIED_PARAMETERS = 1 << 30  # of a base model that a dry run loads: 4 GiB in float32
 
 
@@ -72,7 +74,8 @@ def plan(config: RunConfig, command: str, progress: Progress = SILENT) -> Plan:
         UsageError: for whatever would stop the command before it writes anything.
     """
     found = Plan(command, dry_run=True, config=config.model_dump(mode="json", exclude_none=True))
-    prepare: Callable[[RunConfig, Plan, Progress], Any] = getattr(import_module(HOMES[command]), f"prepare_{command}")
+    name = FUNCTIONS.get(command, command)
+    prepare: Callable[[RunConfig, Plan, Progress], Any] = getattr(import_module(HOMES[name]), f"prepare_{name}")
     try:
         prepare(config, found, progress)
     except NotHere as reason:

@@ -136,6 +136,8 @@ KEYS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "checkpoint": ("{other_checkpoint}", ("grads",)),
     "split": ("eval", ("grads",)),
     "output": (None, NONE),
+    "held_out": ("{other_data}", NONE),
+    "rows": ("rows.jsonl", NONE),
     "train_stores": ("a.h5", NONE),
     "eval_stores": ("a.h5", NONE),
     "weights": ("uniform", NONE),

@@ -148,12 +148,12 @@ class Capture:
     @property
     def device(self) -> torch.device:
         # ZeRO-3 may keep parameters elsewhere than where they are computed with
-        return device() if self.shared_weights else self.slots[0].parameter.device
+        return device() if self.shared_weights else next(self.model.parameters()).device
 
     @property
     def shared_weights(self) -> bool:
         """True under ZeRO-3, where every forward pass takes every process."""
-        return hasattr(self.slots[0].parameter, "ds_id")
+        return hasattr(next(self.model.parameters()), "ds_id")
 
     @functools.cached_property
     def position_losses(self) -> PositionLosses:
@@ -193,22 +193,33 @@ def make_capture(
     """
     if dtype == torch.float16:
         raise UsageError("fp16: gradients of single rows underflow in float16; use bf16=true, or neither")
+    _check_padding(model, pad_token_id)
+    pairs = lora_pairs(model)
+    if layers is not None:
+        pairs = pairs_of_layers(pairs, layers)
+    slots = layout(pairs)
+    budget = token_budget or _fitting_budget(model, slots[-1].offset + slots[-1].size, dtype)
+    return Capture(model, pairs, slots, dtype, pad_token_id, budget, ForwardState(model))
+
+
+def make_reader(model: nn.Module, dtype: torch.dtype, pad_token_id: int, token_budget: int | None) -> Capture:
+    """Make `model`, with an adapter or without, ready for forward passes alone. Every process must call this."""
+    _check_padding(model, pad_token_id)
+    budget = token_budget or _fitting_budget(model, 0, dtype)
+    return Capture(model, [], [], dtype, pad_token_id, budget, ForwardState(model))
+
+
+def _check_padding(model: nn.Module, pad_token_id: int) -> None:
     embeddings = model.get_input_embeddings().num_embeddings
     if pad_token_id >= embeddings:
         raise UsageError(
             f"the tokenizer's pad token has the number {pad_token_id} and the model has {embeddings} embeddings; set "
             "pad_token in tokenizer_config.json to a token that the model knows"
         )
-    pairs = lora_pairs(model)
-    if layers is not None:
-        pairs = pairs_of_layers(pairs, layers)
-    slots = layout(pairs)
-    budget = token_budget or _fitting_budget(model, slots, dtype)
-    return Capture(model, pairs, slots, dtype, pad_token_id, budget, ForwardState(model))
 
 
-def _fitting_budget(model: nn.Module, slots: list[Slot], dtype: torch.dtype) -> int:
-    shape = shape_of(model.config, base=0, adapter=slots[-1].offset + slots[-1].size, itemsize=dtype.itemsize)
+def _fitting_budget(model: nn.Module, adapter: int, dtype: torch.dtype) -> int:
+    shape = shape_of(model.config, base=0, adapter=adapter, itemsize=dtype.itemsize)
     return processes.broadcast(token_budget_for(shape, free_memory(device()), device().type))
 
 

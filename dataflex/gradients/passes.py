@@ -53,18 +53,21 @@ def batches_of(capture: Capture, examples: Sequence[Example], dim: int) -> list[
     most_rows = max(1, MAX_BATCH_FLOATS // max(dim, 4 * max(slot.size for slot in capture.slots)))
     return [
         batch[start : start + most_rows]
-        for batch in _grouped_batches(capture, examples)
+        for batch in batches_of_budget(capture, examples)
         for start in range(0, len(batch), most_rows)
     ]
 
 
-def _grouped_batches(capture: Capture, examples: Sequence[Example]) -> list[list[int]]:
-    """Batches within the token budget, of rows that may share one."""
+def batches_of_budget(
+    capture: Capture, examples: Sequence[Example], token_budget: int | None = None
+) -> list[list[int]]:
+    """Batches within the token budget (the capture's when left out), of rows that may share one. Every process must
+    call this."""
     lengths = lengths_of(examples)
     return [
         np.take(group, batch).tolist()
         for group in groups_of(capture, examples)
-        for batch in token_batches(lengths[group], capture.token_budget)
+        for batch in token_batches(lengths[group], token_budget or capture.token_budget)
     ]
 
 
@@ -221,14 +224,15 @@ def forward_rows(
     compute: Callable[[list[Example], torch.Tensor, torch.Tensor], torch.Tensor],
     progress: Progress = SILENT,
     description: str = "rows",
+    batches: Sequence[list[int]] | None = None,
 ) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Take this process's share of the rows through `compute`, (rows, input_ids, labels [rows, T]) → [rows, …],
-    without gradients: the indices of each batch, and its values.
+    without gradients: the indices of each batch, and its values. `batches` are some of all when given.
 
     Every process yields as many times: one without a batch left in the last turn yields one of no rows.
     """
-    batches = _grouped_batches(capture, examples)
-    with progress.task(description, len(examples), "rows") as task:
+    batches = batches_of_budget(capture, examples) if batches is None else batches
+    with progress.task(description, sum(map(len, batches)), "rows") as task:
         for turn, batch in enumerate(processes.my_turns(batches)):
             values = torch.zeros(0)
             if batch is not None or capture.shared_weights:

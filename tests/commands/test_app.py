@@ -18,7 +18,7 @@ import pytest
 from dataflex import open_store
 from dataflex.commands.session import session
 
-COMMANDS = ("dynamic", "warmup", "grads", "score", "select", "train", "merge")
+COMMANDS = ("dynamic", "warmup", "grads", "score", "select", "train", "merge", "eval")
 CHECKPOINT = "warmup/checkpoint-4"
 RUNS = {
     "dynamic": "dynamic run.yaml output_dir=out",
@@ -28,6 +28,7 @@ RUNS = {
     "grads of eval": f"grads run.yaml --split eval --checkpoint {CHECKPOINT} -o new.h5",
     "score": "score --train train.h5 --eval eval.h5 -o new.jsonl",
     "score --exact": f"score run.yaml --exact --checkpoint {CHECKPOINT} -o new.jsonl",
+    "eval": f"eval run.yaml --adapter {CHECKPOINT} -o new.json",
     "select": "select run.yaml --scores scores.jsonl --count 3 -o new.jsonl",
     "merge": f"merge run.yaml --adapter {CHECKPOINT} --export-dir out",
 }

@@ -34,10 +34,11 @@ COMMANDS = {
     "select": "select run.yaml --scores scores.jsonl --count 2 -o new.jsonl",
     "merge": f"merge run.yaml --adapter {CHECKPOINT} --export-dir out",
     "bench": "bench run.yaml",
+    "eval": "eval run.yaml -o new.json",
 }
 TRAINS = ("warmup", "train", "dynamic")
 READ_ROWS = (*TRAINS, "grads", "score", "bench")
-LOAD_A_MODEL = (*READ_ROWS, "merge")
+LOAD_A_MODEL = (*READ_ROWS, "merge", "eval")
 
 
 def nothing() -> None:
@@ -108,14 +109,15 @@ FAULTS = {
         LOAD_A_MODEL, ("cannot load the tokenizer",), spoil=weights(cut("tokenizer.json")), needs_torch=True
     ),
     "base's settings cut off": Fault(LOAD_A_MODEL, ("base",), spoil=weights(cut("config.json")), needs_torch=True),
-    "adapter missing": Fault(TRAINS, ("adapter gone", "adapter_config.json"), "adapter_name_or_path=gone"),
+    "adapter missing": Fault((*TRAINS, "eval"), ("adapter gone", "adapter_config.json"), "adapter_name_or_path=gone"),
     "an adapter to fold in missing": Fault(TRAINS, ("adapter gone",), f"adapter_name_or_path=gone,{CHECKPOINT}"),
     "checkpoint missing": Fault(("grads", "score"), ("adapter gone", "adapter_config.json"), "checkpoint=gone"),
     "merged adapter missing": Fault(("merge",), ("adapter gone",), "adapter_name_or_path=gone"),
     "no such module": Fault(TRAINS, ("nowhere",), "lora_target=nowhere", needs_torch=True),
     "no such layer": Fault(("dynamic", "grads", "score"), ("grad_layers 7",), "grad_layers=7", needs_torch=True),
     "float16": Fault(("dynamic", "grads", "score", "bench"), ("fp16", "underflow"), "fp16=true"),
-    "output there": Fault(("score", "stores", "select"), ("run.yaml exists", "--overwrite"), "output=run.yaml"),
+    "held-out data unknown": Fault(("eval",), ("toolls",), "held_out=toolls"),
+    "output there": Fault(("score", "stores", "select", "eval"), ("run.yaml exists", "--overwrite"), "output=run.yaml"),
     "output_dir in use": Fault(TRAINS, ("output_dir data is not empty",), "output_dir=data"),
     "export_dir in use": Fault(("merge",), ("export_dir data is not empty",), "export_dir=data"),
     "a run of another command": Fault(

@@ -1,0 +1,53 @@
+"""`dataflex eval`"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+from dataflex.commands import session as s
+from dataflex.commands.planned import show_plan
+
+EXAMPLE = "Example: dataflex eval run.yaml --adapter saves/less --dataset held_out.jsonl -o eval.json"
+
+HeldOut = Annotated[str | None, s.option("held_out", "--dataset", "--held-out")]
+
+
+def eval(
+    arguments: s.Arguments = None,
+    model: s.Model = None,
+    adapter: Annotated[list[str] | None, s.option("adapter_name_or_path", "--adapter")] = None,
+    held_out: HeldOut = None,
+    dataset_dir: s.DatasetDir = None,
+    template: s.Template = None,
+    cutoff_len: s.CutoffLen = None,
+    token_budget: s.TokenBudget = None,
+    output: s.Output = None,
+    rows: Annotated[str | None, s.option("rows", "--rows")] = None,
+    nproc: s.Nproc = None,
+    dry_run: s.DryRun = False,
+    as_json: s.Json = False,
+    quiet: s.Quiet = False,
+    overwrite: s.Overwrite = False,
+) -> None:
+    """Measure a model on held-out rows: loss and perplexity of their answers, by subtask and dataset.
+
+    Run again after an interruption, it computes only the rows that are missing.
+    """
+    options = s.given(locals())
+    with s.session(
+        arguments, options, as_json=as_json, quiet=quiet, command="eval", alone=dry_run, nproc=nproc
+    ) as session:
+        if dry_run:
+            return show_plan(session, "eval", launches=True, nproc=nproc)
+        import dataflex
+
+        path = dataflex.evaluate(session.config, session.console)
+        found = json.loads(path.read_text(encoding="utf-8"))
+        parts = [("dataset", name, part) for name, part in found["datasets"].items()]
+        parts += [("subtask", name, part) for name, part in found["subtasks"].items()]
+        columns = ["rows", "tokens", "loss", "token_loss", "perplexity"]
+        table = [[kind, name, *[part[key] for key in columns]] for kind, name, part in [*parts, ("", "all", found)]]
+        session.console.table("held-out rows", ["", "name", *[key.replace("_", " ") for key in columns]], table)
+        written = [path, session.config.rows] if session.config.rows else [path]
+        session.console.result(written, {"command": "eval", "output": str(path), **found})

@@ -1,0 +1,33 @@
+"""From rows to the figures of an evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def figures_of(loss: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+    """The figures of rows with mean cross-entropies `loss` [N] and `tokens` [N] supervised tokens.
+
+    `loss` is the mean over rows of each row's mean cross-entropy in nats; `token_loss` is the mean over all supervised
+    tokens; `perplexity` is exp(token_loss).
+    """
+    token_loss = float((loss * tokens).sum() / tokens.sum())
+    return {
+        "rows": len(loss),
+        "tokens": int(tokens.sum()),
+        "loss": float(loss.mean()),
+        "token_loss": token_loss,
+        "perplexity": math.exp(token_loss) if token_loss < 700 else math.inf,
+    }
+
+
+def by_name(names: Sequence[str | None], loss: np.ndarray, tokens: np.ndarray) -> dict[str, dict[str, Any]]:
+    """The figures of the rows of each name [N], in the order of the names' first rows; rows without a name are left
+    out."""
+    column = np.array(names, dtype=object)
+    found = dict.fromkeys(name for name in names if name is not None)
+    return {name: figures_of(loss[column == name], tokens[column == name]) for name in found}

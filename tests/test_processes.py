@@ -56,10 +56,14 @@ def selection(folder: Path, step: int) -> list[dict]:
     return [json.loads(line) for line in (folder / "selections" / f"step-{step}.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("zero", [None, "0", "2", "2_offload", "3", "3_offload"])
-def test_two_processes_come_to_what_one_does(one, settings, repo, zero):
-    folder = one.parent / f"two {zero}"
+@pytest.mark.parametrize(
+    ("zero", "checkpointing"),
+    [*((zero, False) for zero in (None, "0", "2", "2_offload", "3", "3_offload")), (None, True), ("3", True)],
+)
+def test_two_processes_come_to_what_one_does(one, settings, repo, zero, checkpointing):
+    folder = one.parent / f"two {zero} {checkpointing}"
     more = {"deepspeed": repo / "examples" / "deepspeed" / f"ds_z{zero}_config.json"} if zero else {}
+    more["disable_gradient_checkpointing"] = not checkpointing
     done = run_dataflex("dynamic", folder, settings, "--nproc", "2", per_device_train_batch_size=2, **more)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{folder}\n"

@@ -23,6 +23,7 @@ def eval(
     cutoff_len: s.CutoffLen = None,
     token_budget: s.TokenBudget = None,
     output: s.Output = None,
+    max_new_tokens: Annotated[int | None, s.option("max_new_tokens", "--max-new-tokens")] = None,
     rows: Annotated[str | None, s.option("rows", "--rows")] = None,
     nproc: s.Nproc = None,
     dry_run: s.DryRun = False,
@@ -30,7 +31,7 @@ def eval(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Measure a model on held-out rows: loss and perplexity of their answers, by subtask and dataset.
+    """Measure a model on held-out rows: loss, perplexity and greedy answers, by subtask and dataset.
 
     Run again after an interruption, it computes only the rows that are missing.
     """
@@ -47,6 +48,7 @@ def eval(
         parts = [("dataset", name, part) for name, part in found["datasets"].items()]
         parts += [("subtask", name, part) for name, part in found["subtasks"].items()]
         columns = ["rows", "tokens", "loss", "token_loss", "perplexity"]
+        columns += [key for key in ("exact", "normalised") if key in found]
         table = [[kind, name, *[part[key] for key in columns]] for kind, name, part in [*parts, ("", "all", found)]]
         session.console.table("held-out rows", ["", "name", *[key.replace("_", " ") for key in columns]], table)
         written = [path, session.config.rows] if session.config.rows else [path]

@@ -399,6 +399,8 @@ class RunConfig(BaseModel):
     """The file to write."""
     held_out: Annotated[Names | None, Key(Decides.ROWS, used_by=("eval",), path="input")] = None
     """Datasets that `eval` measures on, written like `dataset`. null: the validation data."""
+    max_new_tokens: Annotated[NonNegativeInt, Key(Decides.EVALUATION)] = 128
+    """Longest answer in tokens that `eval` lets the model give to each prompt. 0: none."""
     rows: Annotated[str | None, Key(Decides.NOTHING, used_by=("eval",), path="output")] = None
     """File for a line of JSON for each row that `eval` measures. null: none."""
     train_stores: Annotated[Names | None, Key(Decides.SCORES, used_by=("score",), path="input", by_content=True)] = None

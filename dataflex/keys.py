@@ -33,6 +33,8 @@ class Decides(Enum):
     """Which of the scored rows are written."""
     MERGE = "merge"
     """The merged model."""
+    EVALUATION = "evaluation"
+    """What an evaluation measures."""
     NOTHING = "nothing"
     """How the work is done, where it is written and what is shown; the result is the same."""
 
@@ -50,6 +52,7 @@ USERS: Mapping[Decides, tuple[str, ...]] = {
     Decides.SCORES: ("dynamic", "score"),
     Decides.SELECTION: ("select",),
     Decides.MERGE: ("merge",),
+    Decides.EVALUATION: ("eval",),
     Decides.NOTHING: COMMANDS,
 }
 """Which commands use a key, where the key does not say it itself."""

@@ -137,6 +137,7 @@ KEYS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "split": ("eval", ("grads",)),
     "output": (None, NONE),
     "held_out": ("{other_data}", NONE),
+    "max_new_tokens": (3, NONE),
     "rows": ("rows.jsonl", NONE),
     "train_stores": ("a.h5", NONE),
     "eval_stores": ("a.h5", NONE),

@@ -35,7 +35,9 @@ def take_up(path: Path, origin: Origin, token_budget: int, overwrite: bool) -> t
     try:
         head = json.loads(whole[0])
         differences = Origin.from_json(head["origin"]).differences(origin)
-        values = {int(entry.pop("index")): entry for entry in map(json.loads, whole[1:])}
+        values: dict[int, dict[str, Any]] = {}
+        for entry in map(json.loads, whole[1:]):
+            values.setdefault(int(entry.pop("index")), {}).update(entry)
         budget = int(head["token_budget"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{path} is no log of an evaluation; give --overwrite, or another output") from None

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from dataflex import processes
 from dataflex.config import RunConfig, needed
 from dataflex.data.examples import Split, dated
-from dataflex.data.rows import dataset_columns, row_numbers, subtasks_of, supervised_tokens
+from dataflex.data.rows import Example, dataset_columns, row_numbers, subtasks_of, supervised_tokens
 from dataflex.evaluation.figures import by_name, figures_of
+from dataflex.evaluation.generation import answer_start, greedy, prompt_batches, prompt_of, stop_tokens, until_stop
+from dataflex.evaluation.matching import MATCHES
 from dataflex.evaluation.row_log import append, log_path, take_up
 from dataflex.files import write_json, write_text
 from dataflex.fingerprints import adapter_fingerprint, base_model_fingerprint
@@ -27,6 +32,9 @@ from dataflex.outline import outline
 from dataflex.planning import Plan, read_rows
 from dataflex.progress import SILENT, Interrupted, Progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -35,6 +43,9 @@ class Evaluation:
     config: RunConfig
     capture: Capture
     split: Split
+    tokenizer: PreTrainedTokenizerBase
+    stops: list[int]
+    """The tokens that end an answer."""
     path: Path
 
 
@@ -42,14 +53,14 @@ def evaluate(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Measure a model on the rows of `held_out`, or of the validation data, and write `output`; return its path.
 
     The model is `model_name_or_path` with the adapters of `adapter_name_or_path`. The loss is that of the answers,
-    also where training learns prompts. `rows` gets a line of JSON a row. A killed command goes on from a log beside
+    also where training learns prompts. The model answers each prompt greedily with at most `max_new_tokens` tokens, and
+    the answer is compared with the row's. `rows` gets a line of JSON a row. A killed command goes on from a log beside
     the output; its numbers are those of an uninterrupted one.
     """
     ready = prepare_evaluate(config, Plan("eval"), progress)
-    config, split = ready.config, ready.split
-    losses = _losses(ready, progress)
+    known = _measure(ready, progress)
     if processes.rank() == 0:
-        _write(config, split, losses)
+        _write(ready, known)
         log_path(ready.path).unlink()
     processes.barrier()
     return ready.path
@@ -64,17 +75,21 @@ def prepare_evaluate(config: RunConfig, plan: Plan, progress: Progress = SILENT)
     if config.held_out:
         config = config.changed(eval_dataset=config.held_out, val_size=0.0)
     tokenizer, splits = read_rows(config, ["eval"], plan, progress)
+    stops = stop_tokens(tokenizer, config.template)
+    if config.max_new_tokens:
+        for example in splits["eval"].examples:
+            answer_start(example)
     sizes = outline(config, plan, [splits["eval"]], config.resumed_adapter)
     plan.needs_weights(config, sizes.base)
     dtype, model = compute_dtype(config), load_frozen_model(config)
     adapted = load_adapter(model, config.resumed_adapter, config) if config.resumed_adapter else model
     capture = make_reader(on_device(adapted), dtype, needed(tokenizer.pad_token_id), config.token_budget)
-    return Evaluation(config, capture, splits["eval"], Path(needed(config.output)))
+    return Evaluation(config, capture, splits["eval"], tokenizer, stops, Path(needed(config.output)))
 
 
-def _losses(ready: Evaluation, progress: Progress) -> np.ndarray:
-    """[N] float32: the mean cross-entropy of each row's supervised tokens, on the first process."""
-    config, split, log = ready.config, ready.split, log_path(ready.path)
+def _start_log(ready: Evaluation, progress: Progress) -> tuple[int, dict[int, dict[str, Any]]]:
+    """The token budget, and what is known of each row already; the same in every process."""
+    config, split = ready.config, ready.split
     base_model, base_facts = base_model_fingerprint(config, progress)
     adapter = adapter_fingerprint(config.resumed_adapter) if config.resumed_adapter else None
     came_from = origin(
@@ -83,41 +98,90 @@ def _losses(ready: Evaluation, progress: Progress) -> np.ndarray:
         {"held-out data": split.fingerprint, "base_model": base_model, "adapter": adapter},
         {"held-out data": split.facts, "base_model": base_facts},
     )
-    taken = take_up(log, came_from, ready.capture.token_budget, config.overwrite) if processes.rank() == 0 else None
+    taken = None
+    if processes.rank() == 0:
+        taken = take_up(log_path(ready.path), came_from, ready.capture.token_budget, config.overwrite)
     budget, known = needed(processes.broadcast(taken))
-    batches = batches_of_budget(ready.capture, split.examples, config.token_budget or budget)
-    losses = np.full(len(split.examples), np.nan, dtype=np.float32)
-    for index, entry in known.items():
-        losses[index] = entry["loss"]
-    left = [batch for batch in batches if not all(index in known for index in batch)]
-    computed = forward_rows(ready.capture, split.examples, losses_of(ready.capture), progress, "held-out losses", left)
+    return config.token_budget or budget, known
+
+
+def _take(
+    ready: Evaluation,
+    name: str,
+    rows: Sequence[Example],
+    batches: Sequence[list[int]],
+    compute: Callable[[list[Example], torch.Tensor, torch.Tensor], torch.Tensor],
+    told: Callable[[np.ndarray], Any],
+    known: dict[int, dict[str, Any]],
+    progress: Progress,
+) -> None:
+    """Let `known` say `name` of every row on the first process: what `told` makes of the row's part of `compute`.
+
+    Batches with a row of which it is not known yet are computed whole, as an uninterrupted run computes them.
+    """
+    log = log_path(ready.path)
+    left = [batch for batch in batches if not all(name in known.get(index, {}) for index in batch)]
     try:
-        for indices, values in computed:
-            for share, part in processes.gather((indices, values.float().cpu().numpy())):
-                losses[share] = part
-                append(log, ({"index": i, "loss": float(v)} for i, v in zip(share, part, strict=True)))
+        for indices, values in forward_rows(ready.capture, rows, compute, progress, f"held-out {name}", left):
+            for share, part in processes.gather((indices, values.cpu().numpy())):
+                entries = {index: {name: told(value)} for index, value in zip(share, part, strict=True)}
+                for index, entry in entries.items():
+                    known.setdefault(index, {}).update(entry)
+                append(log, ({"index": index, **entry} for index, entry in entries.items()))
     except Interrupted as stop:
-        stop.add_note(f"the losses of {int((~np.isnan(losses)).sum())} of {len(losses)} rows are kept in {log}")
+        done = sum(name in entry for entry in known.values())
+        stop.add_note(f"{name} of {done} of {len(rows)} rows is kept in {log}")
         raise
-    return losses
 
 
-def _write(config: RunConfig, split: Split, losses: np.ndarray) -> None:
-    tokens, loss = supervised_tokens(split.examples), losses.astype(np.float64)
+def _measure(ready: Evaluation, progress: Progress) -> dict[int, dict[str, Any]]:
+    """The loss of each row and the text that the model generates, by index, on the first process."""
+    capture, examples, tokens = ready.capture, ready.split.examples, ready.config.max_new_tokens
+    budget, known = _start_log(ready, progress)
+    batches = batches_of_budget(capture, examples, budget)
+    _take(ready, "loss", examples, batches, losses_of(capture), float, known, progress)
+    if not tokens:
+        return known
+    prompts = [prompt_of(example) for example in examples]
+    batches = prompt_batches(capture, prompts, tokens, budget)
+    compute = greedy(capture, ready.stops, tokens)
+    _take(ready, "generated", prompts, batches, compute, functools.partial(_text, ready), known, progress)
+    return known
+
+
+def _text(ready: Evaluation, tokens: Sequence[int] | np.ndarray) -> str:
+    """The text of an answer, up to the token that ends it."""
+    kept = until_stop([int(token) for token in tokens], ready.stops)
+    return str(ready.tokenizer.decode(kept, skip_special_tokens=True))
+
+
+def _write(ready: Evaluation, known: dict[int, dict[str, Any]]) -> None:
+    config, split = ready.config, ready.split
+    tokens = supervised_tokens(split.examples)
+    loss = np.array([known[index]["loss"] for index in range(len(split.examples))])
     names, source = dataset_columns(split.examples)
     datasets, subtasks = [names[index] for index in source.tolist()], subtasks_of(split.examples)
-    found: dict[str, Any] = {
+    columns = zip(row_numbers(split.examples), datasets, subtasks, loss, tokens, strict=True)
+    lines: list[dict[str, Any]] = [
+        {"row": int(row), "dataset": dataset, "subtask": subtask, "loss": float(value), "tokens": int(count)}
+        for row, dataset, subtask, value, count in columns
+    ]
+    matches: dict[str, np.ndarray] = {}
+    if config.max_new_tokens:
+        for index, (line, example) in enumerate(zip(lines, split.examples, strict=True)):
+            start = answer_start(example)
+            line["prompt"] = str(ready.tokenizer.decode(example.input_ids[:start], skip_special_tokens=True))
+            line["answer"] = _text(ready, example.input_ids[start:])
+            line["generated"] = known[index]["generated"]
+            line |= {name: match(line["answer"], line["generated"]) for name, match in MATCHES.items()}
+        matches = {name: np.array([line[name] for line in lines]) for name in MATCHES}
+    found = {
         "model": masked(config.model_name_or_path),
         "adapter": config.adapter_name_or_path,
-        **figures_of(loss, tokens),
-        "datasets": by_name(datasets, loss, tokens),
-        "subtasks": by_name(subtasks, loss, tokens),
+        **figures_of(loss, tokens, matches),
+        "datasets": by_name(datasets, loss, tokens, matches),
+        "subtasks": by_name(subtasks, loss, tokens, matches),
     }
     if config.rows is not None:
-        columns = zip(row_numbers(split.examples), datasets, subtasks, loss, tokens, strict=True)
-        lines = [
-            {"row": int(row), "dataset": dataset, "subtask": subtask, "loss": float(value), "tokens": int(count)}
-            for row, dataset, subtask, value, count in columns
-        ]
         write_text(config.rows, "".join(json_of_figures(line) + "\n" for line in lines))
     write_json(needed(config.output), found)

@@ -19,7 +19,7 @@ from dataflex.evaluation.figures import figures_of
 
 @pytest.fixture(scope="module")
 def config(tiny_run: dict) -> RunConfig:
-    data = {"held_out": "alpaca_en_demo,identity", "eval_dataset": None, "max_samples": 9}
+    data = {"held_out": "alpaca_en_demo,identity", "eval_dataset": None, "max_samples": 9, "max_new_tokens": 6}
     return dataflex.load_config(options={**tiny_run, **data})
 
 
@@ -77,7 +77,7 @@ class Kills:
 
     @contextlib.contextmanager
     def task(self, description: str, total: int, unit: str) -> Any:
-        self.losses = description == "held-out losses"
+        self.losses = description == "held-out loss"
         yield self
 
     def advance(self, amount: int = 1, **shown: float) -> None:
@@ -107,7 +107,15 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(config: RunConfig, adapte
 
 def test_two_processes_find_what_one_finds(config: RunConfig, tmp_path: Path, run_cli) -> None:
     rows_of(config, tmp_path, "one")
-    keys = ("model_name_or_path", "dataset_dir", "template", "cutoff_len", "max_samples", "token_budget")
+    keys = (
+        "model_name_or_path",
+        "dataset_dir",
+        "template",
+        "cutoff_len",
+        "max_samples",
+        "token_budget",
+        "max_new_tokens",
+    )
     typed = [f"{key}={getattr(config, key)}" for key in keys]
     files = ["-o", tmp_path / "two.json", "--rows", tmp_path / "two.jsonl"]
     run_cli("eval", "--held-out", "alpaca_en_demo,identity", *typed, *files, "--nproc", 2, "-q")
@@ -116,6 +124,7 @@ def test_two_processes_find_what_one_finds(config: RunConfig, tmp_path: Path, ru
 
 
 def test_figures_weigh_rows_and_tokens() -> None:
-    found = figures_of(np.array([1.0, 3.0]), np.array([3, 1]))
+    found = figures_of(np.array([1.0, 3.0]), np.array([3, 1]), {"exact": np.array([True, False])})
     assert (found["loss"], found["token_loss"], found["rows"], found["tokens"]) == (2.0, 1.5, 2, 4)
+    assert found["exact"] == 0.5
     assert found["perplexity"] == pytest.approx(np.exp(1.5))

@@ -19,7 +19,7 @@ import numpy as np
 from dataflex.data.examples import Example
 from dataflex.data.rows import dataset_columns, row_numbers
 from dataflex.errors import DataflexError, UsageError
-from dataflex.files import read_jsonl, write_jsonl
+from dataflex.files import read_jsonl, scratch_array, write_jsonl
 
 MIN_HELD = 1024
 """The fewest indices that a turn's order holds at a time."""
@@ -87,16 +87,18 @@ def reduce_subtasks(values: np.ndarray, how: str) -> np.ndarray:
     return values.mean(axis=0) if how == "mean" else values.max(axis=0)
 
 
-def round_robin(values: np.ndarray) -> np.ndarray:
+def round_robin(values: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """[Q, N] to [N]: subtasks or validation rows take turns at picking their best row that is left; earlier picks score
     higher.
 
     Rows that are NaN stay so, and are not picked. The scores are 1 − position/N, so the n best are what n turns pick.
     Memory beside the values: N/16 indices for each of Q.
     """
-    count = values.shape[1]
+    count = len(values[0])
     scores = np.full(count, np.nan)
-    taken = np.isnan(values).any(axis=0)
+    taken = np.zeros(count, dtype=bool)
+    for row in values:
+        taken |= np.isnan(row)
     left = int((~taken).sum())
     turns = itertools.cycle([_best_first(row, taken) for row in values])
     for position in range(left):
@@ -168,7 +170,11 @@ def settle(
 
 
 def influence(
-    cosines: Sequence[np.ndarray], weights: Sequence[float], how: str, labels: Sequence[str]
+    cosines: Sequence[np.ndarray],
+    weights: Sequence[float],
+    how: str,
+    labels: Sequence[str],
+    scratch: Path | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The sum over checkpoints.
 
@@ -179,19 +185,31 @@ def influence(
         how: `mean`, `max`, `round-robin` or `rows`. `mean` and `max` are taken at each checkpoint and then summed, as
             in the formula above; the other two rank the sums.
         labels: [Q] the subtask of each of `cosines`.
+        scratch: the folder for a file that holds the sums for `rows` where they are many; the system's when left out.
 
     Returns:
         scores [N], and the weighted sum [N] of each subtask; float64.
     """
-    total = weighted_sum(weights, cosines)
     if how == "rows":
+        total = _sums_of_rows(weights, cosines, scratch)
         by_subtask = dict(zip(*subtask_means(labels, total), strict=True))
-        return round_robin(total[~np.isnan(total).all(axis=1)]), by_subtask
+        return round_robin([row for row in total if not np.isnan(row).all()]), by_subtask
+    total = weighted_sum(weights, cosines)
     by_subtask = dict(zip(labels, total, strict=True))
     if how == "round-robin":
         return round_robin(total), by_subtask
     reduced = [reduce_subtasks(values.astype(np.float64), how) for values in cosines]
     return weighted_sum(weights, reduced), by_subtask
+
+
+def _sums_of_rows(weights: Sequence[float], cosines: Sequence[np.ndarray], scratch: Path | None) -> np.ndarray:
+    """Σ weight · value in float32 [V, N], summed in float64; one row of it is in memory at a time."""
+    if len(cosines) == 1:
+        return cosines[0]  # the weights sum to 1
+    total = scratch_array(cosines[0].shape, np.float32, scratch)
+    for index in range(len(total)):
+        total[index] = weighted_sum(weights, [values[index] for values in cosines])
+    return total
 
 
 def weighted_sum(weights: Sequence[float], values: Sequence[np.ndarray]) -> np.ndarray:

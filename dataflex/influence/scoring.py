@@ -168,7 +168,7 @@ def _stored_scores(config: RunConfig, ready: StoredScoring, progress: Progress) 
         if config.per_row:
             labels, values = settle(labels, values, config.normalise, config.reduce)
         cosines.append(values)
-    total, by_subtask = influence(cosines, weights, config.reduce, labels)
+    total, by_subtask = influence(cosines, weights, config.reduce, labels, scratch)
     train = pairs[0][0]
     came_from = {
         "files": train.manifest.files,
@@ -216,7 +216,7 @@ def _exact_scores(ready: ExactScoring, progress: Progress) -> Found:
                 for name, split in zip(("train", "eval"), splits, strict=True)
             }
         )
-    total, by_subtask = influence(cosines, weights, config.reduce, labels)
+    total, by_subtask = influence(cosines, weights, config.reduce, labels, path.parent)
     came_from = {"files": splits[0].files, "weights": weights, "checkpoints": made}
     scores = scores_of(train, len(needed(config.dataset)) > 1, total, by_subtask)
     return Found(scores, supervised_tokens(train), came_from)

@@ -287,3 +287,27 @@ def test_contrast_needs_a_store_that_has_its_reference(tmp_path):
         with pytest.raises(UsageError, match=words):
             score(load_config(options={**options, "output": str(tmp_path / "s.jsonl")}))
         assert not (tmp_path / "s.jsonl").exists()
+
+
+def test_sums_of_rows_may_be_in_a_file(tmp_path, monkeypatch):
+    """What validation rows' turns come to does not depend on where their sums are."""
+    generator = np.random.default_rng(0)
+    cosines = [generator.normal(size=(7, 50)).astype(np.float32) for _ in range(3)]
+    cosines[0][2] = np.nan  # a validation row without a gradient
+    weights, labels = [0.5, 0.3, 0.2], list("aababba")
+    score, by_subtask = influence(cosines, weights, "rows", labels, tmp_path)
+    monkeypatch.setattr("dataflex.files.MAX_IN_MEMORY", 0)
+    in_file, by_subtask_in_file = influence(cosines, weights, "rows", labels, tmp_path)
+    np.testing.assert_array_equal(in_file, score)
+    total = sum(weight * values.astype(np.float64) for weight, values in zip(weights, cosines, strict=True))
+    left, wanted = set(range(50)), []
+    while left:
+        for row in total[[0, 1, 3, 4, 5, 6]]:
+            if left:
+                wanted.append(max(left, key=lambda index, row=row: row[index]))
+                left.remove(wanted[-1])
+    assert np.argsort(-score).tolist() == wanted
+    for name in "ab":
+        of = [index for index, label in enumerate(labels) if label == name and index != 2]
+        np.testing.assert_allclose(by_subtask[name], total[of].mean(axis=0), rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(by_subtask[name], by_subtask_in_file[name])

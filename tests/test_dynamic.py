@@ -216,7 +216,7 @@ def test_candidates_alone_are_scored_anew(options, params, route, prefilter):
     examples = load_examples(config)
     subtasks = np.array([example.subtask for example in load_examples(config, "eval")])
     rows, count = np.array([example.row for example in examples]), len(examples)
-    last, weights, scores = np.full(count, np.nan), [], []
+    last, weights, scores, anew = np.full(count, np.nan), [], [], []
     for step in (3, 5):
         chosen = None
         if scores or prefilter:
@@ -240,12 +240,18 @@ def test_candidates_alone_are_scored_anew(options, params, route, prefilter):
             by_row = chosen.weights if chosen else np.ones(count)
             mean = (by_row[:, None] * plain[indices]).sum(axis=0) / by_row.sum()
             cosines = cosines - steps @ mean
-        now = np.full(count, np.nan) if not scores else scores[-1].copy()
-        now[indices] = np.mean([cosines[subtasks == name].mean(axis=0) for name in "xy"], axis=0)[indices]
+        now = np.full((2, count), np.nan) if not scores else scores[-1].copy()
+        now[:, indices] = np.array([cosines[subtasks == name].mean(axis=0) for name in "xy"])[:, indices]
         scores.append(now)
+        anew.append(np.isin(np.arange(count), indices))
         weights.append(load_moments(folder / f"checkpoint-{step}").learning_rate)
-        past = [np.where(np.isnan(values), now, values) for values in scores]
-        last = now if not config.accumulate else np.average(past, axis=0, weights=weights)
+        past = [now]
+        if len(scores) == 2:
+            past.insert(0, scores[0].copy())
+            for before, after in zip(past[0], now, strict=True):
+                both = anew[0] & anew[1]
+                before[~anew[0]] = np.polyval(np.polyfit(after[both], before[both], 1), after[~anew[0]])
+        last = (now if not config.accumulate else np.average(past, axis=0, weights=weights)).mean(axis=0)
         selection = read_selection(folder, step)
         order = np.argsort(-last, kind="stable")[:4]
         assert [line["row"] for line in selection] == rows[order].tolist()

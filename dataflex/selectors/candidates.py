@@ -51,3 +51,23 @@ def choose_candidates(scores: np.ndarray, share: float, generator: np.random.Gen
     others = np.setdiff1d(np.arange(len(scores)), best, assume_unique=True)
     drawn = np.sort(generator.permutation(others)[: count - len(best)])
     return Candidates(best, drawn, len(scores))
+
+
+def carry_back(earlier: np.ndarray, later: np.ndarray, known: np.ndarray, anew: np.ndarray) -> np.ndarray:
+    """The cosines `earlier` [Q, N], with those of rows that were not `known` [N] then predicted from `later` [Q, N].
+
+    As training goes on, all cosines rise: a later one in an earlier one's place would put a row ahead of all that were
+    known from the start. The prediction is the least-squares line through the rows that were known then and were scored
+    `anew` [N] later; where all of these have one later cosine, or there is none, their mean change is added.
+    """
+    filled = earlier.copy()
+    for row, after in zip(filled, later.astype(np.float64), strict=True):
+        both = known & anew & np.isfinite(row) & np.isfinite(after)
+        x, y = after[both], row[both].astype(np.float64)
+        if not len(x):
+            row[~known] = after[~known]
+            continue
+        spread = x - x.mean()
+        slope = spread @ y / (spread @ spread) if np.ptp(x) > 0 else 1.0
+        row[~known] = y.mean() + slope * (after[~known] - x.mean())
+    return filled

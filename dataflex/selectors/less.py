@@ -21,7 +21,7 @@ from dataflex.influence.exact import exact_cosines
 from dataflex.influence.pairs import open_pairs
 from dataflex.influence.scores import Scores, influence, normalise_weights, settle
 from dataflex.influence.stored import stored_cosines
-from dataflex.selectors.candidates import Candidates, choose_candidates
+from dataflex.selectors.candidates import Candidates, carry_back, choose_candidates
 from dataflex.selectors.protocol import Situation
 from dataflex.selectors.table import make_selector
 
@@ -37,9 +37,8 @@ class LessSelector:
         labels, cosines = (_exact if config.is_exact else _stored)(situation, chosen)
         if config.per_row:
             labels, cosines = settle(labels, cosines, config.normalise, config.reduce)
-        now = _Selection(
-            labels, cosines, np.ones(cosines.shape[1], dtype=bool), needed(situation.moments).learning_rate
-        )
+        scored = np.ones(cosines.shape[1], dtype=bool)
+        now = _Selection(labels, cosines, scored, scored, needed(situation.moments).learning_rate)
         if chosen is not None:
             now = now.spread_over(chosen, past[-1] if past else None)
         _remember(situation, now)
@@ -56,6 +55,8 @@ class _Selection:
     """[Q, N] float32; NaN for a bad row, and for one that no selection has scored."""
     known: np.ndarray
     """[N] bool: rows that this or an earlier selection has scored."""
+    anew: np.ndarray
+    """[N] bool: rows that this selection has scored."""
     learning_rate: float
 
     def spread_over(self, chosen: Candidates, before: _Selection | None) -> _Selection:
@@ -65,18 +66,21 @@ class _Selection:
         if before is not None:
             cosines[:], known[:] = before.cosines, before.known
         cosines[:, chosen.indices] = self.cosines
-        known[chosen.indices] = True
-        return _Selection(self.labels, cosines, known, self.learning_rate)
+        anew = np.zeros(chosen.pool, dtype=bool)
+        anew[chosen.indices] = True
+        return _Selection(self.labels, cosines, known | anew, anew, self.learning_rate)
 
 
 def _accumulated(selections: list[_Selection], config: RunConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Scores [N] and by subtask, summed over the selections. A row that was first scored later has the cosines of then
-    from the start."""
+    """Scores [N] and by subtask, summed over the selections. A row that was first scored later has predicted cosines at
+    the selections before."""
     selections = selections if config.accumulate else selections[-1:]
     filled = [selections[-1].cosines]
-    for selection in reversed(selections[:-1]):
-        unknown = ~selection.known
-        filled.append(np.where(unknown, filled[-1], selection.cosines) if unknown.any() else selection.cosines)
+    for selection, later in zip(selections[-2::-1], selections[:0:-1], strict=True):
+        cosines = selection.cosines
+        if not selection.known.all():
+            cosines = carry_back(cosines, filled[-1], selection.known, later.anew)
+        filled.append(cosines)
     weights = normalise_weights([selection.learning_rate for selection in selections])
     return influence(filled[::-1], weights, config.reduce, selections[-1].labels)
 
@@ -99,7 +103,7 @@ def _candidates(situation: Situation, past: list[_Selection]) -> Candidates | No
 def _remember(situation: Situation, selection: _Selection) -> None:
     """Write what this selection found; atomic."""
     if processes.rank() == 0:
-        tensors = {"cosines": np.ascontiguousarray(selection.cosines), "known": selection.known}
+        tensors = {"cosines": np.ascontiguousarray(selection.cosines), "known": selection.known, "anew": selection.anew}
         about = {"learning_rate": repr(selection.learning_rate), "labels": json.dumps(selection.labels)}
         with atomic(situation.memory / f"step-{situation.step}.safetensors", "wb") as handle:
             handle.write(save(tensors, metadata=about))
@@ -113,6 +117,7 @@ def _recall(memory: Path, step: int) -> _Selection:
             json.loads(about["labels"]),
             file.get_tensor("cosines"),
             file.get_tensor("known"),
+            file.get_tensor("anew"),
             float(about["learning_rate"]),
         )
 

@@ -19,6 +19,7 @@ from dataflex import dynamic, load_config
 from dataflex.data.rows import Example
 from dataflex.errors import DataflexError, UsageError
 from dataflex.influence.scores import Scores
+from dataflex.selectors.candidates import carry_back
 from dataflex.selectors.protocol import Situation
 from dataflex.selectors.scoring import score_rows
 
@@ -97,6 +98,7 @@ EACH_ITS_OWN = """
 from types import SimpleNamespace
 from dataflex import load_config, processes
 from dataflex.data.rows import Example
+from dataflex.selectors.candidates import carry_back
 from dataflex.selectors.protocol import Situation
 from dataflex.selectors.scoring import score_rows
 
@@ -137,3 +139,18 @@ def test_a_run_ends_with_the_message(tiny_run, tmp_path, monkeypatch):
         DataflexError, match=r"^selector 'gives_too_few:Few': score is an array of .* expected 24 real numbers"
     ):
         dynamic(load_config(options=options))
+
+
+def test_cosines_of_rows_that_were_not_known_are_predicted():
+    """On a straight line between two selections the prediction is exact; later cosines alone would come out ahead."""
+    later = np.linspace(0.1, 0.3, 8, dtype=np.float32)[None]
+    truth = 2 * later - 0.2
+    known, anew = np.arange(8) % 2 == 0, np.arange(8) != 4
+    earlier = np.where(known, truth, np.nan).astype(np.float32)
+    earlier[0, 4] = 9  # carried over, not scored later: it has no part
+    filled = carry_back(earlier, later, known, anew)
+    np.testing.assert_allclose(filled[0, ~known], truth[0, ~known], atol=1e-6)
+    np.testing.assert_array_equal(filled[0, known], earlier[0, known])
+    np.testing.assert_allclose(carry_back(earlier, later, known, known & False)[0, ~known], later[0, ~known])
+    flat = np.full((1, 8), 0.5, dtype=np.float32)
+    np.testing.assert_allclose(carry_back(truth, flat, known, anew)[0, ~known], truth[0, known & anew].mean())

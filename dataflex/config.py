@@ -398,7 +398,8 @@ class RunConfig(BaseModel):
     ] = None
     """The file to write."""
     held_out: Annotated[Names | None, Key(Decides.ROWS, used_by=("eval",), path="input")] = None
-    """Datasets that `eval` measures on, written like `dataset`. null: the validation data."""
+    """Datasets that `eval` measures on, written like `dataset`. null: the validation data. Whether they
+    stand in the training data as well is not checked."""
     max_new_tokens: Annotated[NonNegativeInt, Key(Decides.EVALUATION)] = 128
     """Longest answer in tokens that `eval` lets the model give to each prompt. 0: none."""
     rows: Annotated[str | None, Key(Decides.NOTHING, used_by=("eval",), path="output")] = None

@@ -157,12 +157,17 @@ def _check_eval(config: RunConfig) -> None:
     require(config, "eval", *([] if config.held_out else ["eval_dataset"]))
     for path in filter(None, (config.output, config.rows)):
         check_output_file(path, config.overwrite)
-    if config.held_out:
-        config = config.changed(eval_dataset=config.held_out, val_size=0.0)
-    check_rows(config, "eval")
+    if config.rows is not None and Path(config.rows).absolute() == Path(needed(config.output)).absolute():
+        raise UsageError(f"output and rows both name {config.rows}; name another file for rows")
+    check_rows(on_held_out(config), "eval")
     check_weights(config)
     for path in config.adapter_name_or_path or []:
         adapter_folder(path)
+
+
+def on_held_out(config: RunConfig) -> RunConfig:
+    """`config` with the rows that `eval` measures on as its validation data."""
+    return config.changed(eval_dataset=config.held_out, val_size=0.0) if config.held_out else config
 
 
 CHECKS: dict[str, Callable[[RunConfig], None]] = {

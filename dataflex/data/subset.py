@@ -29,7 +29,12 @@ Taken = tuple[Source, dict[str, Any]]
 
 
 def take_records(
-    sources: Sequence[Source], rows: Collection[int], digest: Digest | None = None, progress: Progress = SILENT
+    sources: Sequence[Source],
+    rows: Collection[int],
+    digest: Digest | None = None,
+    *,
+    expected: int = 0,
+    progress: Progress = SILENT,
 ) -> tuple[dict[int, Taken], int]:
     """The records of those `rows` that there are, and how many records there are in all.
 
@@ -37,11 +42,12 @@ def take_records(
 
     Args:
         digest: is given the bytes that `data_hash` hashes.
+        expected: how many records there probably are, for `progress`.
     """
     wanted, taken = set(rows), {}
     pool = ((source, record) for source in sources for record in iter_records(source, digest))
     number = -1
-    with progress.task("reading", max(wanted, default=-1) + 1, "rows") as task:
+    with progress.task("reading", expected, "rows") as task:
         for number, pair in enumerate(pool):
             if number in wanted:
                 taken[number] = pair

@@ -26,7 +26,7 @@ from dataflex.gradients.passes import batches_of_budget, forward_rows, losses_of
 from dataflex.json_text import json_of_figures
 from dataflex.masking import masked
 from dataflex.model import compute_dtype, load_adapter, load_frozen_model, on_device
-from dataflex.needs import check_needs
+from dataflex.needs import check_needs, on_held_out
 from dataflex.origin import origin
 from dataflex.outline import outline
 from dataflex.planning import Plan, read_rows
@@ -71,9 +71,7 @@ def prepare_evaluate(config: RunConfig, plan: Plan, progress: Progress = SILENT)
     check_needs(config, "eval")
     if not plan.dry_run:
         processes.join(config.ddp_timeout)
-    config = dated(config.changed(train_on_prompt=False))
-    if config.held_out:
-        config = config.changed(eval_dataset=config.held_out, val_size=0.0)
+    config = dated(on_held_out(config).changed(train_on_prompt=False))
     tokenizer, splits = read_rows(config, ["eval"], plan, progress)
     stops = stop_tokens(tokenizer, config.template)
     if config.max_new_tokens:

@@ -291,8 +291,7 @@ def read_scores(path: str | Path) -> Scores:
     """
     rows, values = array("q"), array("d")
     names: dict[str, int] = {}
-    named = array("i")
-    """Of each row, the position of its dataset's name in `names`."""
+    named = array("i")  # of each row, the position of its dataset in `names`
     for number, record in enumerate(read_jsonl(path, "scores"), start=1):
         row, score = record.get("row"), record.get("score")
         if (
@@ -317,8 +316,6 @@ def read_scores(path: str | Path) -> Scores:
     if len(twice):
         first = twice.min()
         raise UsageError(f"scores {path}, record {first + 1}: row {row[first]} stands twice")
-    dataset = None
-    if len(named) == len(rows):
-        by_position = list(names)
-        dataset = [by_position[position] for position in named]
+    in_order = list(names)
+    dataset = [in_order[position] for position in named] if len(named) == len(rows) else None
     return Scores(row, np.array(values), {}, dataset)

@@ -86,7 +86,7 @@ def prepare_select(config: RunConfig, plan: Plan, progress: Progress = SILENT) -
     manifest = read_manifest(Path(needed(config.scores)), len(scores.row), progress)
     rows = [int(scores.row[index]) for index in chosen]
     digest = hashlib.sha256()
-    taken, total = take_records(sources, rows, digest, progress)
+    taken, total = take_records(sources, rows, digest, expected=int(scores.row.max()) + 1, progress=progress)
     files = digest.hexdigest()
     if manifest is not None and manifest.get("files") not in (None, files):
         raise UsageError(

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import save
 
 from dataflex import processes
-from dataflex.config import RunConfig, needed
+from dataflex.config import needed
 from dataflex.data.examples import part_of
 from dataflex.files import atomic
 from dataflex.gradients.collect import collect
@@ -42,7 +42,7 @@ class LessSelector:
         if chosen is not None:
             now = now.spread_over(chosen, past[-1] if past else None)
         _remember(situation, now)
-        return situation.scores(*_accumulated([*past, now], config))
+        return situation.scores(*_accumulated([*past, now], situation))
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,10 @@ class _Selection:
         return _Selection(self.labels, cosines, known | anew, anew, self.learning_rate)
 
 
-def _accumulated(selections: list[_Selection], config: RunConfig) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _accumulated(selections: list[_Selection], situation: Situation) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Scores [N] and by subtask, summed over the selections. A row that was first scored later has predicted cosines at
     the selections before."""
+    config = situation.config
     selections = selections if config.accumulate else selections[-1:]
     filled = [selections[-1].cosines]
     for selection, later in zip(selections[-2::-1], selections[:0:-1], strict=True):
@@ -82,7 +83,7 @@ def _accumulated(selections: list[_Selection], config: RunConfig) -> tuple[np.nd
             cosines = carry_back(cosines, filled[-1], selection.known, later.anew)
         filled.append(cosines)
     weights = normalise_weights([selection.learning_rate for selection in selections])
-    return influence(filled[::-1], weights, config.reduce, selections[-1].labels)
+    return influence(filled[::-1], weights, config.reduce, selections[-1].labels, situation.memory)
 
 
 def _candidates(situation: Situation, past: list[_Selection]) -> Candidates | None:
@@ -91,7 +92,7 @@ def _candidates(situation: Situation, past: list[_Selection]) -> Candidates | No
     if config.candidates is None or not (past or config.prefilter):
         return None
     if past:
-        last, _ = _accumulated(past, config)
+        last, _ = _accumulated(past, situation)
     else:
         last = make_selector(needed(config.prefilter)).score(situation).score
     generator = np.random.default_rng((config.seed, 4, situation.step))

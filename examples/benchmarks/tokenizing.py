@@ -14,12 +14,46 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 LIBRARY = Path(__file__).resolve().parent.parent.parent
 MODEL = str(LIBRARY / "models/SmolLM2-135M-Instruct")
 NAMES = ["alpaca_en_demo", "glaive_toolcall_en_demo"]
+
+
+def records_of(name: str, rows: int) -> list[dict[str, Any]]:
+    """The records of a dataset, repeated to `rows`."""
+    source: list[dict[str, Any]] = json.loads((LIBRARY / "data" / f"{name}.json").read_text(encoding="utf-8"))
+    return (source * (rows // len(source) + 1))[:rows]
+
+
+def seconds_of_ours(path: Path, workers: int) -> float:
+    import dataflex
+    from dataflex.data.examples import load_split
+    from dataflex.model import load_tokenizer
+
+    options = {"model_name_or_path": MODEL, "template": "smollm2", "dataset": [str(path)]}
+    config = dataflex.load_config(options={**options, "preprocessing_num_workers": workers, "overwrite_cache": True})
+    tokenizer = load_tokenizer(config)
+    started = time.perf_counter()
+    load_split(config, tokenizer)
+    return time.perf_counter() - started
+
+
+def seconds_of_map(records: list[dict[str, Any]], workers: int) -> float:
+    import datasets
+    from transformers import AutoTokenizer
+
+    texts = datasets.Dataset.from_dict({"text": [json.dumps(record, ensure_ascii=False) for record in records]})
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"input_ids": tokenizer(batch["text"]).input_ids}
+
+    started = time.perf_counter()
+    texts.map(encode, batched=True, num_proc=workers if workers > 1 else None, load_from_cache_file=False)
+    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -30,47 +64,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")  # before `datasets` is imported
-        import datasets
-        from transformers import AutoTokenizer
-
-        import dataflex
-
-        print("| dataset | workers | dataflex, rows/s | datasets.map, rows/s |\n|---|---|---|---|")
+        print("| dataset | workers | dataflex, rows/s | datasets.map, rows/s |\n|---|---|---|---|", flush=True)
         for dataset in NAMES:
-            source = json.loads((LIBRARY / "data" / f"{dataset}.json").read_text(encoding="utf-8"))
-            records = (source * (given.rows // len(source) + 1))[: given.rows]
+            records = records_of(dataset, given.rows)
             path = folder / f"{dataset}.jsonl"
             path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-            tokenizer = AutoTokenizer.from_pretrained(MODEL)
-            texts = datasets.Dataset.from_dict({"text": [json.dumps(r, ensure_ascii=False) for r in records]})
-
-            def encode(batch: dict[str, list[str]], tokenizer=tokenizer) -> dict[str, list[list[int]]]:  # type: ignore[no-untyped-def]
-                return {"input_ids": tokenizer(batch["text"]).input_ids}
-
             for workers in given.workers:
-                config = dataflex.load_config(
-                    options={
-                        "model_name_or_path": MODEL,
-                        "template": "smollm2",
-                        "dataset": [str(path)],
-                        "preprocessing_num_workers": workers,
-                        "overwrite_cache": True,
-                    }
-                )
-                ours = _rate(given.rows, lambda config=config: dataflex.load_examples(config))  # type: ignore[misc]
-                theirs = _rate(
-                    given.rows,
-                    lambda texts=texts, workers=workers, encode=encode: texts.map(  # type: ignore[misc]
-                        encode, batched=True, num_proc=workers if workers > 1 else None, load_from_cache_file=False
-                    ),
-                )
-                print(f"| {dataset} | {workers} | {ours:,.0f} | {theirs:,.0f} |", flush=True)
-
-
-def _rate(rows: int, work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return rows / (time.perf_counter() - started)
+                ours, theirs = seconds_of_ours(path, workers), seconds_of_map(records, workers)
+                print(f"| {dataset} | {workers} | {given.rows / ours:,.0f} | {given.rows / theirs:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -128,3 +128,10 @@ def test_figures_weigh_rows_and_tokens() -> None:
     assert (found["loss"], found["token_loss"], found["rows"], found["tokens"]) == (2.0, 1.5, 2, 4)
     assert found["exact"] == 0.5
     assert found["perplexity"] == pytest.approx(np.exp(1.5))
+
+
+def test_figures_and_rows_are_two_files(config: RunConfig, tmp_path: Path) -> None:
+    path = str(tmp_path / "eval.json")
+    with pytest.raises(UsageError, match="output and rows both name"):
+        dataflex.evaluate(config.changed(output=path, rows=path))
+    assert not list(tmp_path.iterdir())

@@ -24,7 +24,7 @@ _NAMES = """
     interleave_probs jit_mode_eval kt_expert_checkpoint_path kt_lora_expert_intermediate_size kt_lora_expert_num
     kt_use_lora_experts kt_weight_path kto_chosen_weight kto_rejected_weight label_names lang ld_alpha
     length_column_name length_penalty liger_kernel_config local_rank loraplus_lr_embedding low_cpu_mem_usage
-    master_addr master_port max_length max_new_tokens media_dir mixture_sample_rule model_max_length
+    master_addr master_port max_length media_dir mixture_sample_rule model_max_length
     module_dropout ms_hub_token n_shot num_beams offload_folder oft_block_size oft_rank oft_target om_hub_token
     optim_args optim_target_modules parallelism_config past_index pissa_convert pissa_iter placement_strategy
     ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards predict_with_generate

@@ -21,6 +21,7 @@ HEADINGS = {
     Decides.SCORES: "Scores",
     Decides.SELECTION: "Which scored rows are written",
     Decides.MERGE: "Merging",
+    Decides.EVALUATION: "Evaluating",
     Decides.NOTHING: "How the work is done; results stay the same",
 }
 

@@ -203,11 +203,15 @@ def test_killed_at_random_moments(options, whole, tmp_path):
         deadline = time.monotonic() + generator.uniform(0.5, 0.95) * once
         while process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-        if process.poll() is not None:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            continue
+        assert process.returncode == 0
+        if kills:
             break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    assert kills > 0
+        once /= 2  # the machine was slower while the run was timed; once more, sooner
+        shutil.rmtree(tmp_path / "out")
     assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
     assert_same(whole, outcome(tmp_path / "out"))

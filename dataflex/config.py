@@ -294,7 +294,7 @@ class RunConfig(BaseModel):
     logging_dir: Annotated[str | None, Key(Decides.NOTHING, path="output")] = None
     """Folder of the TensorBoard log. null: a folder in output_dir."""
     ddp_timeout: Annotated[PositiveInt, AS_RUN] = 1800
-    """Seconds a collective operation may take."""
+    """Seconds that training waits for a process that hangs; one that tokenizes or writes has a day."""
     deepspeed: Annotated[str | None, Key(Decides.NOTHING, path="input")] = None
     """DeepSpeed configuration file. null: DeepSpeed is not used."""
     training_arguments: Annotated[TrainerKeys, AS_RUN] = TrainerKeys()

@@ -26,9 +26,18 @@ T = TypeVar("T")
 size = world_size
 """How many processes there are."""
 
+LONGEST_WAIT = datetime.timedelta(days=1)
+"""For a process that works while the others wait. A process that dies ends the others' wait at once."""
+
+_waiting: Any = None  # the group of all processes in which one may work alone for up to LONGEST_WAIT
+
 
 def join(timeout_s: int = 1800, deepspeed: bool = False) -> None:
     """Join the other processes, once. A single process without DeepSpeed has nothing to do.
+
+    Args:
+        timeout_s: how long training waits for a process that hangs. The functions below wait longer: the first process
+            tokenizes, hashes and writes files while the others wait.
 
     Raises:
         UsageError: if DeepSpeed is asked for in a process that no launcher started.
@@ -45,9 +54,11 @@ def join(timeout_s: int = 1800, deepspeed: bool = False) -> None:
         backend = "cpu:gloo,cuda:nccl"
     else:
         backend = "gloo"
-    # a timedelta cannot hold what some YAMLs ask for, and a day of waiting is a hang
-    timeout = datetime.timedelta(seconds=min(timeout_s, 86400))
+    # a timedelta cannot hold what some YAMLs ask for
+    timeout = datetime.timedelta(seconds=min(timeout_s, LONGEST_WAIT.total_seconds()))
     dist.init_process_group(backend, timeout=timeout)
+    global _waiting
+    _waiting = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     if deepspeed:  # it keeps a view of its own of the group, and needs it before ZeRO-3 loads a model
         from deepspeed import comm
 
@@ -56,8 +67,10 @@ def join(timeout_s: int = 1800, deepspeed: bool = False) -> None:
 
 def leave() -> None:
     """Leave the other processes at the end of a command."""
+    global _waiting
     if (dist := _team()) is not None:
         dist.destroy_process_group()
+        _waiting = None
 
 
 def _team() -> Any:
@@ -69,7 +82,7 @@ def _team() -> Any:
 def barrier() -> None:
     """Wait until every process calls this function."""
     if (dist := _team()) is not None:
-        dist.barrier()
+        dist.barrier(_waiting)
 
 
 def gather(value: T) -> list[T]:
@@ -77,7 +90,7 @@ def gather(value: T) -> list[T]:
     if (dist := _team()) is None:
         return [value]
     values: list[Any] | None = [None] * size() if rank() == 0 else None
-    dist.gather_object(value, values)
+    dist.gather_object(value, values, group=_waiting)
     return values or []
 
 
@@ -86,13 +99,14 @@ def broadcast(value: T) -> T:
     if (dist := _team()) is None:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_waiting)
     return box[0]
 
 
 def sum_over(tensors: Sequence[torch.Tensor]) -> None:
     """Replace each tensor by its sum over the processes, in place."""
     if (dist := _team()) is not None:
+        barrier()  # the sum itself waits no longer than training does
         for tensor in tensors:
             dist.all_reduce(tensor)
 
@@ -112,7 +126,7 @@ def advance(task: Task, amount: int = 1, **shown: Any) -> None:
         import torch
 
         exit_code = torch.tensor(stop.exit_code if stop else 0)
-        dist.all_reduce(exit_code, dist.ReduceOp.MAX)
+        dist.all_reduce(exit_code, dist.ReduceOp.MAX, group=_waiting)
         if exit_code:
             stop = Interrupted(int(exit_code))
     if stop is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,8 +30,9 @@ if not os.environ.get("TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 collect_ignore = [] if os.environ.get("TEST_GPU") else ["gpu"]
 
-# what tests encode stays out of the user's cache of encoded rows
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="dataflex-tests-")
+# what tests encode stays out of the user's cache of encoded rows, and goes when the tests end
+CACHE = tempfile.TemporaryDirectory(prefix="dataflex-tests-", ignore_cleanup_errors=True)
+os.environ["HF_DATASETS_CACHE"] = CACHE.name
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "SmolLM2-135M-Instruct"
@@ -46,6 +48,29 @@ def _made_by_setup(path: Path) -> Path:
 def repo() -> Path:
     """The root of the repository."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def in_two_processes() -> Callable[[str], list[str]]:
+    """Runs a piece of Python in two processes as a launcher starts them, and returns what each printed."""
+
+    def run(code: str) -> list[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        where = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-c", code],
+                env={**where, "RANK": rank, "LOCAL_RANK": rank},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in ("0", "1")
+        ]
+        return [process.communicate(timeout=120)[0].strip() for process in started]
+
+    return run
 
 
 @pytest.fixture(scope="session")

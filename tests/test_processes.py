@@ -87,6 +87,40 @@ def test_two_processes_come_to_what_one_does(one, settings, repo, zero, checkpoi
     np.testing.assert_allclose(log, same, rtol=1e-5)
 
 
+ONE_WORKS_ALONE = """
+import time
+import torch
+from dataflex import processes
+
+def alone():
+    if processes.rank() == 0:
+        time.sleep(4)
+
+class Task:
+    def advance(self, amount, **shown): ...
+
+processes.join(timeout_s=1)
+alone()
+processes.barrier()
+alone()
+said = processes.broadcast(f"from {processes.rank()}")
+alone()
+processes.gather(said)
+alone()
+processes.advance(Task())
+alone()
+total = torch.ones(1)
+processes.sum_over([total])
+print(said, total.item())
+processes.leave()
+"""
+
+
+def test_the_others_wait_while_the_first_process_works_alone(in_two_processes):
+    """A first process that tokenizes or writes for longer than ddp_timeout, here 1 s, ends nobody."""
+    assert in_two_processes(ONE_WORKS_ALONE) == ["from 0 2.0"] * 2
+
+
 @pytest.mark.parametrize("begun_by", [1, 2])
 def test_one_process_and_two_go_on_from_each_others_checkpoint(one, settings, tmp_path, begun_by):
     """Where nothing is drawn at random, and a step has the rows it had."""

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -111,22 +107,9 @@ processes.leave()
 """
 
 
-def test_processes_that_score_differently_take_the_first_ones_scores():
+def test_processes_that_score_differently_take_the_first_ones_scores(in_two_processes):
     """Rows are shared out by every process from its own copy of the selection, so the copies must be equal."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    where = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", EACH_ITS_OWN],
-            env={**where, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    assert [process.communicate(timeout=120)[0].strip() for process in started] == ["[0.0, 5.0, 7.0]"] * 2
+    assert in_two_processes(EACH_ITS_OWN) == ["[0.0, 5.0, 7.0]"] * 2
 
 
 def test_a_run_ends_with_the_message(tiny_run, tmp_path, monkeypatch):

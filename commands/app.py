@@ -20,6 +20,7 @@ COMMANDS = {
     "select": "Write the best-scored rows of a dataset as JSONL, best first.",
     "train": "Train a LoRA adapter on all of a dataset, for instance on a subset that select wrote.",
     "eval": "Measure a model on held-out rows: loss, perplexity and greedy answers, by subtask and dataset.",
+    "compare": "Train on the rows of several selectors and on random ones, and say which helps held-out rows.",
     "merge": "Fold LoRA adapters into their base model and save a whole model.",
     "inspect": "Say what a file, a folder or a dataset is, what it came from, and whether it is whole.",
     "bench": "Measure gradients against LoRA training: tokens a second, peak memory, time for all rows.",

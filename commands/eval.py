@@ -25,6 +25,7 @@ def eval(
     output: s.Output = None,
     max_new_tokens: Annotated[int | None, s.option("max_new_tokens", "--max-new-tokens")] = None,
     rows: Annotated[str | None, s.option("rows", "--rows")] = None,
+    allow_overlap: s.AllowOverlap = False,
     nproc: s.Nproc = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,

@@ -33,6 +33,7 @@ Arguments = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and show what would be done; touch nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result and errors only.")]
+AllowOverlap = Annotated[bool, typer.Option("--allow-overlap", help=help_of("allow_overlap"))]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help=help_of("overwrite"))]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 # Handed on lazily (PEP 562): importing dataflex, or asking the command line for help, imports no torch.
 if TYPE_CHECKING:  # HOMES, for editors and type checkers
     from dataflex.benchmark import bench
+    from dataflex.comparison.run import compare
     from dataflex.config import RunConfig
     from dataflex.config_file import load_config
     from dataflex.data.examples import load_examples
@@ -26,6 +27,7 @@ __all__ = [
     "RunConfig",
     "__version__",
     "bench",
+    "compare",
     "dynamic",
     "evaluate",
     "grads",
@@ -53,6 +55,7 @@ HOMES = {
     "merge": "dataflex.merging",
     "dynamic": "dataflex.dynamic_run",
     "evaluate": "dataflex.evaluation.run",
+    "compare": "dataflex.comparison.run",
     "bench": "dataflex.benchmark",
 }
 

@@ -30,7 +30,7 @@ from dataflex.errors import UsageError
 from dataflex.keys import TRAINS, USERS, Decides, Key, mark_of, select_keys
 from dataflex.named import listing
 from dataflex.projection import table as projection
-from dataflex.selectors import table as selectors
+from dataflex.selectors import table as selector_table
 from dataflex.trainer_keys import TrainerKeys
 
 
@@ -51,6 +51,11 @@ def _comma_list(value: Any) -> Any:
     if isinstance(value, (str, os.PathLike)):
         return [part.strip() for part in str(value).split(",") if part.strip()]
     return value
+
+
+def _shares(value: Any) -> Any:
+    """One share, or several as a list or by comma."""
+    return [value] if isinstance(value, (int, float)) else _comma_list(value)
 
 
 def _report_to(value: Any) -> Any:
@@ -126,6 +131,7 @@ DIRECTION = Key(Decides.DIRECTION, component=True)
 PROJECTION = Key(Decides.PROJECTION, component=True)
 SELECTION = Key(Decides.SELECTION)
 MERGE = Key(Decides.MERGE)
+COMPARISON = Key(Decides.COMPARISON)
 AS_RUN = Key(Decides.NOTHING)
 
 
@@ -137,7 +143,12 @@ class RunConfig(BaseModel):
     # --- model -----------------------------------------------------------------------------
     model_name_or_path: Annotated[
         str | None,
-        Key(Decides.MODEL, path="input", by_content=True, needed_by=(*TRAINS, "grads", "merge", "bench", "eval")),
+        Key(
+            Decides.MODEL,
+            path="input",
+            by_content=True,
+            needed_by=(*TRAINS, "grads", "merge", "bench", "eval", "compare"),
+        ),
     ] = None
     """Base model: a hub id, a local directory, or a .gguf file."""
     adapter_name_or_path: Annotated[
@@ -183,9 +194,9 @@ class RunConfig(BaseModel):
     """true: scale by lora_alpha / sqrt(lora_rank). false: by lora_alpha / lora_rank."""
 
     # --- data ------------------------------------------------------------------------------
-    dataset: Annotated[Names | None, Key(Decides.ROWS, path="input", needed_by=(*TRAINS, "bench"))] = None
+    dataset: Annotated[Names | None, Key(Decides.ROWS, path="input", needed_by=(*TRAINS, "bench", "compare"))] = None
     """Training datasets, separated by commas: names in dataset_info.json, or data files."""
-    eval_dataset: Annotated[Names | None, Key(Decides.ROWS, path="input", needed_by=("dynamic",))] = None
+    eval_dataset: Annotated[Names | None, Key(Decides.ROWS, path="input", needed_by=("dynamic", "compare"))] = None
     """Validation datasets, at which the selection aims; written like `dataset`. null: none, or those of val_size."""
     dataset_dir: Annotated[str, Key(Decides.ROWS, path="input", used_by=(*USERS[Decides.ROWS], "select"))] = "data"
     """Folder that holds dataset_info.json and the files it names."""
@@ -235,7 +246,7 @@ class RunConfig(BaseModel):
     """Batches summed into one optimizer step."""
     learning_rate: Annotated[PositiveFloat, TRAINING] = 5e-5
     """Peak learning rate of AdamW."""
-    num_train_epochs: Annotated[PositiveFloat, Key(Decides.TRAINING, used_by=("train", "dynamic"))] = 3.0
+    num_train_epochs: Annotated[PositiveFloat, Key(Decides.TRAINING, used_by=("train", "dynamic", "compare"))] = 3.0
     """Passes over the data; in `dynamic`, rounds of its schedule."""
     max_steps: Annotated[int, TRAINING] = -1
     """Optimizer steps in all; overrides the epochs when positive."""
@@ -307,16 +318,16 @@ class RunConfig(BaseModel):
     """YAML file of selectors and their parameters. null: the packaged components."""
     component_name: Annotated[str, AS_RUN] = Field(
         "less",
-        description=f"Which selector picks the rows. {listing(selectors.SELECTORS)} a+b: the mean of the z-scores of "
-        "several, as less+rds. less-contrast: less with marginal and contrast pool. less-contrast-rds: both this and "
-        "rds. Or a name in components_cfg_file, the name of an entry point of the group "
+        description=f"Which selector picks the rows. {listing(selector_table.SELECTORS)} a+b: the mean of the z-scores "
+        "of several, as less+rds. less-contrast: less with marginal and contrast pool. less-contrast-rds: both this "
+        "and rds. Or a name in components_cfg_file, the name of an entry point of the group "
         "dataflex.selectors, or a class as package.module:Class.",
     )
     selector: Annotated[
-        str, AfterValidator(_of_table(selectors.check_name)), Key(Decides.SCORES, used_by=("dynamic", "score"))
+        str, AfterValidator(_of_table(selector_table.check_name)), Key(Decides.SCORES, used_by=("dynamic", "score"))
     ] = "less"
     """The algorithm behind component_name (its `name` in components_cfg_file)."""
-    warmup_step: Annotated[NonNegativeInt, Key(Decides.TRAINING, used_by=("warmup", "dynamic"))] = 10
+    warmup_step: Annotated[NonNegativeInt, Key(Decides.TRAINING, used_by=("warmup", "dynamic", "compare"))] = 10
     """Optimizer steps on random rows before the first selection."""
     update_step: Annotated[PositiveInt, Key(Decides.TRAINING, used_by=("dynamic",))] = 10
     """Optimizer steps trained on each selection."""
@@ -394,16 +405,32 @@ class RunConfig(BaseModel):
     split: Annotated[Literal["train", "eval"], Key(Decides.ROWS, used_by=("grads", "bench"))] = "train"
     """Collect gradients of `dataset` (train) or of `eval_dataset` (eval)."""
     output: Annotated[
-        str | None, Key(Decides.NOTHING, path="output", needed_by=("grads", "score", "select", "eval"))
+        str | None, Key(Decides.NOTHING, path="output", needed_by=("grads", "score", "select", "eval", "compare"))
     ] = None
-    """The file to write."""
-    held_out: Annotated[Names | None, Key(Decides.ROWS, used_by=("eval",), path="input")] = None
-    """Datasets that `eval` measures on, written like `dataset`. null: the validation data. Whether they
-    stand in the training data as well is not checked."""
+    """The file to write; of `compare` the folder."""
+    held_out: Annotated[
+        Names | None, Key(Decides.ROWS, used_by=("eval", "compare"), needed_by=("compare",), path="input")
+    ] = None
+    """Datasets that `eval` and `compare` measure on, written like `dataset`. null: the validation data. Rows that
+    stand in the training or validation data as well are refused."""
+    allow_overlap: Annotated[bool, Key(Decides.NOTHING, used_by=("eval", "compare"))] = False
+    """true: measure on held-out rows that stand in the training or validation data as well. false: refuse them."""
     max_new_tokens: Annotated[NonNegativeInt, Key(Decides.EVALUATION)] = 128
     """Longest answer in tokens that `eval` lets the model give to each prompt. 0: none."""
     rows: Annotated[str | None, Key(Decides.NOTHING, used_by=("eval",), path="output")] = None
     """File for a line of JSON for each row that `eval` measures. null: none."""
+    selectors: Annotated[Names, COMPARISON] = ["less", "rds"]
+    """Components to compare, by comma, written like component_name. random and length are compared as well."""
+    budget: Annotated[list[Share], BeforeValidator(_shares), Field(min_length=1), COMPARISON] = [0.1]
+    """Share of the rows that each arm of a comparison trains on; several by comma give a curve."""
+    by: Annotated[Literal["rows", "tokens"], COMPARISON] = "rows"
+    """What `budget` is a share of. rows: the rows. tokens: supervised tokens, so that long rows have no advantage."""
+    seeds: Annotated[PositiveInt, COMPARISON] = 3
+    """Trainings of each arm of a comparison, with the seeds from `seed` on."""
+    deciles: Annotated[bool, COMPARISON] = False
+    """Train on each tenth of each ranking as well: a ranking that helps gives lower losses for better tenths."""
+    lds: Annotated[int | None, Field(ge=3), COMPARISON] = None
+    """Random halves of the rows to train on for each seed, for the linear datamodeling score. null: none."""
     train_stores: Annotated[Names | None, Key(Decides.SCORES, used_by=("score",), path="input", by_content=True)] = None
     """Gradient stores of the training rows, one per checkpoint."""
     eval_stores: Annotated[Names | None, Key(Decides.SCORES, used_by=("score",), path="input", by_content=True)] = None

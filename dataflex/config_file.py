@@ -248,6 +248,26 @@ def _component(values: dict[str, Any], problems: list[str]) -> tuple[dict[str, A
     return {**params, **_selector(component.get("name", name), f"{where}, {name!r}", problems)}, unused
 
 
+def with_component(config: RunConfig, name: str) -> RunConfig:
+    """`config` with the selector and the parameters of the component `name`, in place of those of `component_name`.
+
+    Keys that the configuration sets to other values than its own component does win over the parameters.
+
+    Raises:
+        UsageError: where there is no such component.
+    """
+    problems: list[str] = []
+    values = config.model_dump(exclude_unset=True)
+    own, _ = _component(values, problems)
+    kept = {key: value for key, value in values.items() if key not in own or own[key] != value}
+    kept.pop("selector", None)
+    params, _ = _component({**kept, "component_name": name}, problems)
+    _expand_paths(params, problems)
+    if problems:
+        raise UsageError(problems[-1].replace("key 'component_name'", "key 'selectors'"))
+    return RunConfig.model_validate({**params, **kept, "component_name": name})
+
+
 def _selector(name: Any, where: str, problems: list[str]) -> dict[str, Any]:
     """The key `selector`, or none and a problem where nothing bears the name."""
     try:

@@ -35,24 +35,27 @@ class Decides(Enum):
     """The merged model."""
     EVALUATION = "evaluation"
     """What an evaluation measures."""
+    COMPARISON = "comparison"
+    """Which arms a comparison has. A comparison that was made takes further ones, so they tell no two apart."""
     NOTHING = "nothing"
     """How the work is done, where it is written and what is shown; the result is the same."""
 
 
 TRAINS = ("warmup", "train", "dynamic")
-COMMANDS = (*TRAINS, "grads", "score", "select", "merge", "bench", "inspect", "eval")
+COMMANDS = (*TRAINS, "grads", "score", "select", "merge", "bench", "inspect", "eval", "compare")
 
 USERS: Mapping[Decides, tuple[str, ...]] = {
-    Decides.ROWS: (*TRAINS, "grads", "score", "bench", "inspect", "eval"),
-    Decides.MODEL: (*TRAINS, "grads", "score", "merge", "bench", "eval"),
-    Decides.TRAINING: TRAINS,
+    Decides.ROWS: (*TRAINS, "grads", "score", "bench", "inspect", "eval", "compare"),
+    Decides.MODEL: (*TRAINS, "grads", "score", "merge", "bench", "eval", "compare"),
+    Decides.TRAINING: (*TRAINS, "compare"),
     Decides.DIRECTION: ("dynamic", "grads", "score", "bench"),
     Decides.PROJECTION: ("dynamic", "grads", "score", "bench"),
     Decides.STORE: ("dynamic", "grads", "bench"),
     Decides.SCORES: ("dynamic", "score"),
     Decides.SELECTION: ("select",),
     Decides.MERGE: ("merge",),
-    Decides.EVALUATION: ("eval",),
+    Decides.EVALUATION: ("eval", "compare"),
+    Decides.COMPARISON: ("compare",),
     Decides.NOTHING: COMMANDS,
 }
 """Which commands use a key, where the key does not say it itself."""
@@ -82,7 +85,8 @@ class Key:
     @property
     def compared(self) -> bool:
         """Whether the value itself tells two results apart: what rows and inputs are made of is told by content."""
-        return self.decides not in (Decides.NOTHING, Decides.ROWS) and not self.by_content
+        idle = (Decides.NOTHING, Decides.ROWS, Decides.COMPARISON)
+        return self.decides not in idle and not self.by_content
 
 
 def mark_of(metadata: Iterable[Any]) -> Key | None:

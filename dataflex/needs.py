@@ -13,6 +13,7 @@ from typing import Literal
 
 from dataflex.adapter_files import adapter_folder
 from dataflex.config import RunConfig, needed, require
+from dataflex.config_file import with_component
 from dataflex.data.catalog import find_sources
 from dataflex.data.examples import split_names
 from dataflex.data.templates import find_template
@@ -165,6 +166,34 @@ def _check_eval(config: RunConfig) -> None:
         adapter_folder(path)
 
 
+def _check_compare(config: RunConfig) -> None:
+    require(config, "compare")
+    if config.val_size:
+        raise UsageError("compare draws rows of val_size anew for each seed; name eval_dataset, and held_out beside it")
+    check_run_folder(as_run(config))
+    if config.deepspeed is not None:
+        read_deepspeed(config.deepspeed)
+    for name in config.selectors:
+        with_component(config, name)
+    check_rows(config, "train")
+    check_rows(config, "eval")
+    check_rows(on_held_out(config), "eval")
+    for source in find_sources(needed(config.dataset), config.dataset_dir):
+        if source.num_samples:
+            raise UsageError(
+                f"dataset {source.name!r}: num_samples draws rows anew for each seed of a comparison; take it out of "
+                "dataset_info.json, or name a file of the rows"
+            )
+    check_weights(config)
+    for path in [*(config.adapter_name_or_path or []), *(config.checkpoint or [])]:
+        adapter_folder(path)
+
+
+def as_run(config: RunConfig) -> RunConfig:
+    """`config` with the folder `output` as that of a run."""
+    return config.changed(output_dir=config.output)
+
+
 def on_held_out(config: RunConfig) -> RunConfig:
     """`config` with the rows that `eval` measures on as its validation data."""
     return config.changed(eval_dataset=config.held_out, val_size=0.0) if config.held_out else config
@@ -180,6 +209,7 @@ CHECKS: dict[str, Callable[[RunConfig], None]] = {
     "merge": _check_merge,
     "bench": _check_bench,
     "eval": _check_eval,
+    "compare": _check_compare,
 }
 """By command."""
 

@@ -13,7 +13,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,9 @@ class Stopwatch:
     """Seconds by phase. A phase inside another stops the outer one's clock meanwhile, so that each second counts
     once."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
+        """`seconds` of an earlier part of the work count as well."""
+        self.seconds = dict(seconds or {})
         self._open: list[str] = []
         self._since = 0.0
 
@@ -166,10 +167,10 @@ def find_record(config: RunConfig, came_from: Origin) -> RunRecord | None:
 
 
 @contextlib.contextmanager
-def open_record(config: RunConfig, came_from: Origin) -> Iterator[RunRecord]:
+def open_record(config: RunConfig, came_from: Origin, remains: Sequence[str] = REMAINS) -> Iterator[RunRecord]:
     """Begin a run in `output_dir`, or take up the one that was begun there. Every process calls this.
 
-    Other runs are kept out of the folder until the block ends.
+    Other runs are kept out of the folder until the block ends. A fresh start removes the patterns `remains`.
     """
     folder = Path(needed(config.output_dir))
     with lock(folder) if processes.rank() == 0 else contextlib.nullcontext():
@@ -178,7 +179,7 @@ def open_record(config: RunConfig, came_from: Origin) -> Iterator[RunRecord]:
         if record is None:
             record = RunRecord(folder, {"command": came_from.command, "finished": False, "origin": came_from.as_json()})
             if processes.rank() == 0:
-                for pattern in REMAINS:
+                for pattern in remains:
                     for path in folder.glob(pattern):
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
                 save_config(config, folder / CONFIG_NAME)

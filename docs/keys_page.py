@@ -22,6 +22,7 @@ HEADINGS = {
     Decides.SELECTION: "Which scored rows are written",
     Decides.MERGE: "Merging",
     Decides.EVALUATION: "Evaluating",
+    Decides.COMPARISON: "Comparing",
     Decides.NOTHING: "How the work is done; results stay the same",
 }
 

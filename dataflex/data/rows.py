@@ -117,6 +117,12 @@ class Rows(Sequence[Example]):
         parts = [batch.largest_tokens() for batch in self._batches]
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
 
+    def tokens(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All tokens of the kept rows, some rows at a time: [n + 1] where each row begins, and [T] int32 tokens."""
+        for batch in self._batches:
+            lengths = np.diff(batch.starts)[batch.kept]  # a dropped row has no tokens
+            yield np.concatenate([[0], np.cumsum(lengths)]), batch.input_ids
+
     def report(self) -> Report:
         """The report over all rows of the file."""
         report = Report(kept=len(self))
@@ -215,6 +221,15 @@ def largest_tokens(examples: Sequence[Example]) -> np.ndarray:
     if isinstance(examples, Rows):
         return examples.largest_tokens()
     return np.array([max(example.input_ids) for example in examples], dtype=np.int64)
+
+
+def iter_tokens(examples: Sequence[Example]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All tokens of the rows, some rows at a time: [n + 1] where each row begins, and [T] int32 tokens."""
+    if isinstance(examples, Rows):
+        yield from examples.tokens()
+        return
+    starts = np.cumsum([0, *(len(example.input_ids) for example in examples)])
+    yield starts, np.array([token for example in examples for token in example.input_ids], dtype=np.int32)
 
 
 def as_batch(outcomes: Sequence[Outcome]) -> pyarrow.RecordBatch:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from dataflex.data.rows import Example, dataset_columns, row_numbers, subtasks_o
 from dataflex.evaluation.figures import by_name, figures_of
 from dataflex.evaluation.generation import answer_start, greedy, prompt_batches, prompt_of, stop_tokens, until_stop
 from dataflex.evaluation.matching import MATCHES
+from dataflex.evaluation.overlap import refuse_overlaps
 from dataflex.evaluation.row_log import append, log_path, take_up
 from dataflex.files import write_json, write_text
 from dataflex.fingerprints import adapter_fingerprint, base_model_fingerprint
@@ -71,8 +72,11 @@ def prepare_evaluate(config: RunConfig, plan: Plan, progress: Progress = SILENT)
     check_needs(config, "eval")
     if not plan.dry_run:
         processes.join(config.ddp_timeout)
+    own = config
     config = dated(on_held_out(config).changed(train_on_prompt=False))
     tokenizer, splits = read_rows(config, ["eval"], plan, progress)
+    if not config.allow_overlap:
+        _refuse_seen_rows(own, plan, progress, splits["eval"])
     stops = stop_tokens(tokenizer, config.template)
     if config.max_new_tokens:
         for example in splits["eval"].examples:
@@ -83,6 +87,21 @@ def prepare_evaluate(config: RunConfig, plan: Plan, progress: Progress = SILENT)
     adapted = load_adapter(model, config.resumed_adapter, config) if config.resumed_adapter else model
     capture = make_reader(on_device(adapted), dtype, needed(tokenizer.pad_token_id), config.token_budget)
     return Evaluation(config, capture, splits["eval"], tokenizer, stops, Path(needed(config.output)))
+
+
+def _refuse_seen_rows(config: RunConfig, plan: Plan, progress: Progress, held_out: Split) -> None:
+    """Raise a UsageError where held-out rows stand in the training or validation data that `config` names."""
+    names: list[Literal["train", "eval"]] = []
+    if config.dataset:
+        names.append("train")
+    if config.held_out and (config.eval_dataset or config.val_size):
+        names.append("eval")
+    shown = dict(plan.data)
+    _, splits = read_rows(dated(config), names, plan, progress)
+    plan.data = shown  # the dry run shows what is measured
+    for name, split in splits.items():
+        what = "the training data" if name == "train" else "the validation data"
+        refuse_overlaps(held_out.examples, split.examples, what, progress)
 
 
 def _start_log(ready: Evaluation, progress: Progress) -> tuple[int, dict[int, dict[str, Any]]]:

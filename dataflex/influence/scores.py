@@ -237,9 +237,14 @@ def length_correlation(score: np.ndarray, tokens: np.ndarray) -> float | None:
     """Spearman's correlation of scores [N] with supervised tokens [N], rows without a score left out; None where one of
     both is the same throughout. Near 1, a selector likes long rows."""
     good = np.isfinite(score)
-    if not good.any() or np.ptp(score[good]) == 0 or np.ptp(tokens[good]) == 0:
+    return rank_correlation(score[good], tokens[good])
+
+
+def rank_correlation(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Spearman's correlation of two arrays [N]; None where one of both is the same throughout."""
+    if not len(one) or np.ptp(one) == 0 or np.ptp(other) == 0:
         return None
-    return float(np.corrcoef(_ranks(score[good]), _ranks(tokens[good]))[0, 1])
+    return float(np.corrcoef(_ranks(one), _ranks(other))[0, 1])
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

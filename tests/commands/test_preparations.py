@@ -35,9 +35,10 @@ COMMANDS = {
     "merge": f"merge run.yaml --adapter {CHECKPOINT} --export-dir out",
     "bench": "bench run.yaml",
     "eval": "eval run.yaml -o new.json",
+    "compare": "compare run.yaml --held-out tools -o out",
 }
 TRAINS = ("warmup", "train", "dynamic")
-READ_ROWS = (*TRAINS, "grads", "score", "bench")
+READ_ROWS = (*TRAINS, "grads", "score", "bench", "compare")
 LOAD_A_MODEL = (*READ_ROWS, "merge", "eval")
 
 
@@ -94,7 +95,7 @@ ROOM = ("bytes", "are needed", "free; make room")
 FAULTS = {
     "no data folder": Fault(READ_ROWS, ("dataset_dir gone", "dataset_info.json"), "dataset_dir=gone"),
     "unknown dataset": Fault(READ_ROWS, ("alpacca", "did you mean 'alpaca'"), "dataset=alpacca"),
-    "unknown validation data": Fault(("dynamic", "score"), ("toolls",), "eval_dataset=toolls"),
+    "unknown validation data": Fault(("dynamic", "score", "compare"), ("toolls",), "eval_dataset=toolls"),
     "data file missing": Fault(READ_ROWS, ("no file",), spoil=lambda: Path("data/alpaca.json").unlink()),
     "unknown template": Fault((*READ_ROWS, "merge"), ("qwenn", "did you mean 'qwen'"), "template=qwenn"),
     "base missing": Fault(LOAD_A_MODEL, ("no folder ./gone",), "model_name_or_path=./gone"),
@@ -116,7 +117,13 @@ FAULTS = {
     "no such module": Fault(TRAINS, ("nowhere",), "lora_target=nowhere", needs_torch=True),
     "no such layer": Fault(("dynamic", "grads", "score"), ("grad_layers 7",), "grad_layers=7", needs_torch=True),
     "float16": Fault(("dynamic", "grads", "score", "bench"), ("fp16", "underflow"), "fp16=true"),
-    "held-out data unknown": Fault(("eval",), ("toolls",), "held_out=toolls"),
+    "held-out data unknown": Fault(("eval", "compare"), ("toolls",), "held_out=toolls"),
+    "held-out rows that are seen": Fault(
+        ("eval", "compare"), ("held-out rows stand in the training data", "--allow-overlap"), "held_out=alpaca",
+        needs_torch=True,
+    ),
+    "a selector that is not there": Fault(("compare",), ("key 'selectors'", "'rsd'", "'rds'"), "selectors=rsd"),
+    "rows drawn anew for each seed": Fault(("compare",), ("val_size", "eval_dataset"), "val_size=2 eval_dataset=null"),
     "output there": Fault(("score", "stores", "select", "eval"), ("run.yaml exists", "--overwrite"), "output=run.yaml"),
     "output_dir in use": Fault(TRAINS, ("output_dir data is not empty",), "output_dir=data"),
     "export_dir in use": Fault(("merge",), ("export_dir data is not empty",), "export_dir=data"),

@@ -19,7 +19,8 @@ from dataflex.evaluation.figures import figures_of
 
 @pytest.fixture(scope="module")
 def config(tiny_run: dict) -> RunConfig:
-    data = {"held_out": "alpaca_en_demo,identity", "eval_dataset": None, "max_samples": 9, "max_new_tokens": 6}
+    data = {"held_out": "alpaca_en_demo,identity", "eval_dataset": None, "max_samples": 9, "max_new_tokens": 6,
+        "dataset": "glaive_toolcall_en_demo"}  # fmt: skip
     return dataflex.load_config(options={**tiny_run, **data})
 
 

@@ -1,0 +1,1 @@
+"""`compare`: arms that train on different rows, from one start and with one budget, measured on held-out rows."""

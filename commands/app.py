@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "Train a LoRA adapter on all of a dataset, for instance on a subset that select wrote.",
     "eval": "Measure a model on held-out rows: loss, perplexity and greedy answers, by subtask and dataset.",
     "compare": "Train on the rows of several selectors and on random ones, and say which helps held-out rows.",
+    "report": "Write a page and a JSON file of what a run, a comparison or a score file found.",
     "merge": "Fold LoRA adapters into their base model and save a whole model.",
     "inspect": "Say what a file, a folder or a dataset is, what it came from, and whether it is whole.",
     "bench": "Measure gradients against LoRA training: tokens a second, peak memory, time for all rows.",

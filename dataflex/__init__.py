@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # HOMES, for editors and type checkers
     from dataflex.influence.scoring import score
     from dataflex.influence.selection import select
     from dataflex.merging import merge
+    from dataflex.reporting.run import report
     from dataflex.store.reader import open_store
     from dataflex.training.runs import train, warmup
 
@@ -35,6 +36,7 @@ __all__ = [
     "load_examples",
     "merge",
     "open_store",
+    "report",
     "score",
     "select",
     "train",
@@ -56,6 +58,7 @@ HOMES = {
     "dynamic": "dataflex.dynamic_run",
     "evaluate": "dataflex.evaluation.run",
     "compare": "dataflex.comparison.run",
+    "report": "dataflex.reporting.run",
     "bench": "dataflex.benchmark",
 }
 

@@ -298,6 +298,9 @@ class RunConfig(BaseModel):
     """Steps between two evaluations; a value below 1 is a share of the run. null: logging_steps."""
     plot_loss: Annotated[bool, AS_RUN] = False
     """Draw training_loss.png."""
+    report: Annotated[bool, Key(Decides.NOTHING, used_by=("dynamic", "compare"))] = True
+    """Write report.html and report.json at the end of `dynamic`, with the loss on rows that were not aimed at; and of
+    `compare` report.html."""
     report_to: Annotated[str | list[str], BeforeValidator(_report_to), AS_RUN] = "none"
     """Experiment trackers by transformers' names, several by comma; all, or none."""
     run_name: Annotated[str | None, AS_RUN] = None

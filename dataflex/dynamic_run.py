@@ -20,7 +20,7 @@ from dataflex.data.rows import dataset_columns, row_numbers, supervised_tokens
 from dataflex.errors import UsageError
 from dataflex.files import check_room, read_jsonl, write_jsonl
 from dataflex.gradients.capture import Capture, make_capture
-from dataflex.gradients.passes import mean_loss
+from dataflex.gradients.passes import losses_of_rows, mean_loss
 from dataflex.influence.score_table import read_score_table, write_score_table
 from dataflex.influence.scores import best_rows, length_correlation, score_records
 from dataflex.model import compute_dtype, device
@@ -30,6 +30,7 @@ from dataflex.planning import Plan
 from dataflex.progress import SILENT, Progress
 from dataflex.projection.table import check_projector
 from dataflex.provenance import RunRecord
+from dataflex.reporting.run import PAGE, report
 from dataflex.selectors.protocol import Selector, Situation
 from dataflex.selectors.scoring import score_rows
 from dataflex.selectors.table import make_selector
@@ -38,6 +39,8 @@ from dataflex.training.moments import AdamMoments
 from dataflex.training.resume import last_checkpoint
 from dataflex.training.runs import Run, begin, finish, prepare_training, train_run
 from dataflex.training.schedule import Schedule, dynamic_schedule, scheduled_rows
+
+OTHER_ROWS = 32  # random rows of the pool whose loss tells what training on selected rows makes the model forget
 
 
 def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
@@ -48,6 +51,8 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
     ready = prepare_dynamic(config, Plan("dynamic"), progress)
     output_dir = Path(needed(config.output_dir))
     if ready is None:
+        if config.report and processes.rank() == 0 and not (output_dir / PAGE).is_file():
+            report(config, output_dir, progress=progress)  # a run that was killed after its last step
         return output_dir
     run, schedule, capture = ready.run, ready.schedule, ready.capture
     with begin(run) as record:
@@ -65,6 +70,7 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
         )
         with run.watch.phase("evaluation"):
             loss_after = mean_loss(capture, needed(run.validation).examples, progress, "eval loss after")
+            others = selections.others_after()
         finish(
             run,
             record,
@@ -76,7 +82,11 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
             selections=selections.facts(),
             eval_rows=len(needed(run.validation).examples),
             eval_loss={**record.facts["eval_loss"], "after": loss_after},
+            others=others,
         )
+        if config.report and processes.rank() == 0:
+            report(config, output_dir, progress=progress)
+        processes.barrier()
     return output_dir
 
 
@@ -205,11 +215,39 @@ class _Selections:
             # only now, inside the training: under ZeRO-3 the model cannot run before
             with run.watch.phase("evaluation"):
                 before = mean_loss(self.capture, needed(run.validation).examples, run.progress, "eval loss before")
-            self.record.note(eval_loss={"before": before})
+                others = self._losses_of_others("other rows before") if run.config.report else []
+            self.record.note(eval_loss={"before": before}, losses_of_others=others)
         selected_at = self.schedule.selection_of(step)
         if selected_at is not None and selected_at not in self.made:
             with run.watch.phase("selection"):
                 self.made[selected_at] = self._select(selected_at, moments())
+
+    def _others(self) -> list[int]:
+        """Indices of some random rows of the pool, whose loss is taken before and after training."""
+        count = len(self.run.train.examples)
+        drawn = np.random.default_rng((self.run.config.seed, 4)).permutation(count)[:OTHER_ROWS]
+        return sorted(drawn.tolist())
+
+    def _losses_of_others(self, description: str) -> list[float]:
+        examples = [self.run.train.examples[index] for index in self._others()]
+        return losses_of_rows(self.capture, examples, self.run.progress, description).tolist()
+
+    def others_after(self) -> dict[str, float] | None:
+        """The mean loss, before and after training, of those of some random rows that no step trained on; None where
+        none is left or no report is wanted."""
+        if not self.run.config.report:
+            return None
+        trained = {index for step in range(self.schedule.total_steps) for index in self.rows_of(step)}
+        untrained = np.array([index not in trained for index in self._others()])
+        before = np.array(self.record.facts.get("losses_of_others", []))
+        if not untrained.any() or len(before) != len(untrained):
+            return None
+        after = np.array(self._losses_of_others("other rows after"))
+        return {
+            "rows": int(untrained.sum()),
+            "before": float(before[untrained].mean()),
+            "after": float(after[untrained].mean()),
+        }
 
     def _select(self, step: int, moments: AdamMoments) -> list[int]:
         run, config = self.run, self.run.config

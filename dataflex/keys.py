@@ -42,7 +42,7 @@ class Decides(Enum):
 
 
 TRAINS = ("warmup", "train", "dynamic")
-COMMANDS = (*TRAINS, "grads", "score", "select", "merge", "bench", "inspect", "eval", "compare")
+COMMANDS = (*TRAINS, "grads", "score", "select", "merge", "bench", "inspect", "eval", "compare", "report")
 
 USERS: Mapping[Decides, tuple[str, ...]] = {
     Decides.ROWS: (*TRAINS, "grads", "score", "bench", "inspect", "eval", "compare"),

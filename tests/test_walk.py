@@ -99,6 +99,7 @@ KEYS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "eval_strategy": ("epoch", TRAINS),
     "eval_steps": (2, TRAINS),
     "plot_loss": (True, NONE),
+    "report": (False, NONE),
     "report_to": ("none", NONE),
     "run_name": ("x", NONE),
     "logging_dir": ("logs", NONE),

@@ -46,6 +46,7 @@ from dataflex.outline import outline
 from dataflex.planning import Plan, read_rows
 from dataflex.progress import SILENT, Progress
 from dataflex.provenance import RunRecord, Stopwatch, open_record, read_record
+from dataflex.reporting.run import report
 from dataflex.selectors.table import make_selector, reads_of
 from dataflex.training.runs import dated_run, train, warmup
 from dataflex.training.schedule import training_steps, warmup_steps
@@ -90,6 +91,8 @@ def compare(config: RunConfig, progress: Progress = SILENT) -> Path:
         if processes.rank() == 0:
             write_json(ready.folder / REPORT, found)
         record.note(finished=True)
+        if ready.config.report and processes.rank() == 0:
+            report(ready.config, ready.folder, progress=progress)
         processes.barrier()
     return ready.folder
 

@@ -261,6 +261,12 @@ def mean_loss(
     return total.item() / len(examples)
 
 
+def losses_of_rows(capture: Capture, examples: Sequence[Example], progress: Progress, description: str) -> np.ndarray:
+    """[N] each row's mean cross-entropy, in every process: forward passes only, shared by all processes."""
+    rows = forward_rows(capture, examples, losses_of(capture), progress, description)
+    return gathered_rows(rows, np.zeros(len(examples), dtype=np.float32))
+
+
 def gathered_rows(rows: Iterable[tuple[list[int], torch.Tensor]], out: np.ndarray) -> np.ndarray:
     """Fill `out` [N, …] with what every process's `forward_rows` yields; the same in every process."""
     for indices, values in rows:

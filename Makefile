@@ -14,8 +14,11 @@ setup: $(READY)  ## build .venv, fetch the demo model and data
 	@$(PY) examples/fetch_assets.py --quiet
 
 demo: setup  ## select and train on real data, on CPU or GPU
-	@echo "the demo: SmolLM2-135M fine-tuned on rows that LESS picks; 2 to 6 minutes on two CPU cores"
+	@echo "the demo: SmolLM2-135M fine-tuned on rows that LESS picks, and on random rows; 3 to 6 minutes on two CPU cores"
 	.venv/bin/dataflex dynamic examples/demo.yaml --overwrite
+	.venv/bin/dataflex dynamic examples/demo.yaml --overwrite component_name=random output_dir=saves/demo-random report=false
+	.venv/bin/dataflex report saves/demo --against saves/demo-random
+	@echo "look at the page: saves/demo/report.html, in a browser"
 	@echo "ask the model: $(PY) examples/ask.py saves/demo 'What is the capital of France?'"
 	@echo "your own data: source .venv/bin/activate (or write .venv/bin/dataflex), then as README.md says"
 

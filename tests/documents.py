@@ -184,7 +184,11 @@ def run_document(document: Path, folder: Path) -> None:
 def make_reader(folder: Path, data_dir: Path) -> None:
     """Make `folder`, a checkout, the folder of a reader who has rows of their own; SMALL lies over the pipeline."""
     rows = json.loads((data_dir / "identity.json").read_text(encoding="utf-8"))
-    for name, chosen in (("my_rows.jsonl", rows[:16]), ("what_i_want.jsonl", rows[-3:])):
+    for name, chosen in (
+        ("my_rows.jsonl", rows[:16]),
+        ("what_i_want.jsonl", rows[-3:]),
+        ("held_out.jsonl", rows[-6:-3]),
+    ):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
     pipeline = folder / "examples" / "pipeline.yaml"
     pipeline.write_text(lay_small_keys_over(pipeline.read_text(encoding="utf-8")), encoding="utf-8")

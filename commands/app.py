@@ -11,21 +11,34 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-# Each command and the first sentence of its function's docstring. commands/NAME.py holds the function NAME.
-COMMANDS = {
-    "dynamic": "Fine-tune on random rows first, then on rows that are selected as training goes on.",
-    "warmup": "Train a LoRA adapter on random rows for warmup_step steps.",
-    "grads": "Collect every row's projected gradient at a checkpoint into an HDF5 store.",
-    "score": "Score training rows by their cosine with the validation rows, summed over checkpoints.",
-    "select": "Write the best-scored rows of a dataset as JSONL, best first.",
-    "train": "Train a LoRA adapter on all of a dataset, for instance on a subset that select wrote.",
-    "eval": "Measure a model on held-out rows: loss, perplexity and greedy answers, by subtask and dataset.",
-    "compare": "Train on the rows of several selectors and on random ones, and say which helps held-out rows.",
-    "report": "Write a page and a JSON file of what a run, a comparison or a score file found.",
-    "merge": "Fold LoRA adapters into their base model and save a whole model.",
-    "inspect": "Say what a file, a folder or a dataset is, what it came from, and whether it is whole.",
-    "bench": "Measure gradients against LoRA training: tokens a second, peak memory, time for all rows.",
+# Each command and the first sentence of its function's docstring, under the panel of the group's help that lists it.
+# commands/NAME.py holds the function NAME.
+PANELS = {
+    "Begin": {
+        "init": "Write a project that runs as it is: run.yaml with comments, components, and a few rows.",
+        "keys": "List every key a YAML may set: its default, its help, and the commands that use it.",
+        "env": "Say what a report of a fault has to say: versions, devices, memory, optional packages.",
+    },
+    "A whole run": {
+        "dynamic": "Fine-tune on random rows first, then on rows that are selected as training goes on.",
+        "compare": "Train on the rows of several selectors and on random ones, and say which helps held-out rows.",
+    },
+    "Single steps": {
+        "warmup": "Train a LoRA adapter on random rows for warmup_step steps.",
+        "grads": "Collect every row's projected gradient at a checkpoint into an HDF5 store.",
+        "score": "Score training rows by their cosine with the validation rows, summed over checkpoints.",
+        "select": "Write the best-scored rows of a dataset as JSONL, best first.",
+        "train": "Train a LoRA adapter on all of a dataset, for instance on a subset that select wrote.",
+        "merge": "Fold LoRA adapters into their base model and save a whole model.",
+    },
+    "Look and measure": {
+        "inspect": "Say what a file, a folder or a dataset is, what it came from, and whether it is whole.",
+        "eval": "Measure a model on held-out rows: loss, perplexity and greedy answers, by subtask and dataset.",
+        "report": "Write a page and a JSON file of what a run, a comparison or a score file found.",
+        "bench": "Measure gradients against LoRA training: tokens a second, peak memory, time for all rows.",
+    },
 }
+COMMANDS = {name: sentence for commands in PANELS.values() for name, sentence in commands.items()}
 
 
 class _Commands(TyperGroup):
@@ -33,8 +46,9 @@ class _Commands(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        for name, sentence in COMMANDS.items():
-            self.add_command(TyperCommand(name, help=sentence), name)
+        for panel, commands in PANELS.items():
+            for name, sentence in commands.items():
+                self.add_command(TyperCommand(name, help=sentence, rich_help_panel=panel), name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in COMMANDS:

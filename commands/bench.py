@@ -22,6 +22,7 @@ def bench(
     dry_run: s.DryRun = False,
     as_json: s.Json = False,
     quiet: s.Quiet = False,
+    overwrite: s.Overwrite = False,
 ) -> None:
     """Measure gradients against LoRA training: tokens a second, peak memory, time for all rows."""
     options = s.given(locals())

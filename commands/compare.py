@@ -57,6 +57,8 @@ def compare(
         folder = dataflex.compare(session.config, session.console)
         found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         _show(session.console, found)
+        if session.config.report:
+            session.console.say(f"the page: {folder / 'report.html'}")
         session.console.result([folder], {"output": str(folder), **found})
 
 

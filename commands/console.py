@@ -131,6 +131,10 @@ class Console:
         """A line of the log."""
         self.err.print(message, style="dim", markup=False, soft_wrap=True)
 
+    def next(self, command: str) -> None:
+        """The command that comes next, ready to be pasted."""
+        self.err.print(f"next: {command}", style="dim", markup=False, soft_wrap=True)
+
     def warning(self, message: str) -> None:
         self.err.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 

@@ -51,6 +51,7 @@ def dynamic(
         folder = dataflex.dynamic(session.config, session.console)
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         _show(session.console, folder, run)
+        session.next("eval", s.CONFIG, "--adapter", folder, "-o", folder / "eval.json")
         session.console.result([folder], {"command": "dynamic", "output_dir": str(folder), **run})
 
 
@@ -75,6 +76,7 @@ def _show(console: Console, folder: Path, run: dict[str, Any]) -> None:
             ),
             "seconds": ", ".join(f"{name} {value:.0f}" for name, value in run["seconds"].items()),
             "adapter, logs, checkpoints": f"{folder}/",
+            **({"page": f"{folder}/report.html"} if (folder / "report.html").is_file() else {}),
         },
     )
 

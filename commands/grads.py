@@ -47,6 +47,7 @@ def grads(
         if dry_run:
             return show_plan(session, "grads", launches=True, nproc=nproc)
         import dataflex
+        from dataflex.config import needed
 
         path = dataflex.grads(session.config, session.console)
         with dataflex.open_store(path) as store:
@@ -60,4 +61,11 @@ def grads(
                 "bytes": path.stat().st_size,
             }
         session.console.facts(str(path), {key.replace("_", " "): value for key, value in facts.items()})
+        if session.config.split == "train":
+            taken_at = needed(session.config.checkpoint)[0]
+            further = ["--checkpoint", taken_at, "--split", "eval", "-o", path.with_name("eval.h5")]
+            session.next("grads", s.CONFIG, *further)
+        else:
+            stores = ["--train", path.with_name("train.h5"), "--eval", path]
+            session.next("score", *stores, "-o", path.with_name("scores.jsonl"))
         session.console.result([path], {"command": "grads", "output": str(path), **facts})

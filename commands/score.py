@@ -52,5 +52,8 @@ def score(
         session.console.table(f"best of {len(scores.row)} rows", ["row", "dataset", "score"], rows)
         correlation = facts_of(path)["length_correlation"]
         session.console.facts("scores", {"Spearman's correlation with supervised tokens": correlation})
+        names = session.config.dataset or ["DATASET"]
+        subset = path.with_name("subset.jsonl")
+        session.next("select", "--scores", path, "--data", ",".join(names), "--top", 0.05, "-o", subset)
         facts = {"command": "score", "output": str(path), "rows": len(scores.row), "length_correlation": correlation}
         session.console.result([path], facts)

@@ -39,4 +39,5 @@ def select(
         import dataflex
 
         path = dataflex.select(session.config, session.console)
+        session.next("train", s.CONFIG, "--dataset", path, "output_dir=saves/selected")
         session.console.result([path], {"command": "select", "output": str(path)})

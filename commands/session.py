@@ -79,12 +79,25 @@ def given(parameters: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in named.items() if key in RunConfig.model_fields}
 
 
+CONFIG = object()
+"""Stands for the YAML that was given, in the words of a command that comes next."""
+
+
 @dataclass(frozen=True)
 class Session:
     """A command under way."""
 
     config: RunConfig
     console: Console
+    path: Path | None
+    """The YAML that was given."""
+
+    def next(self, *words: Any) -> None:
+        """Name the command that comes next, ready to be pasted. CONFIG among its words stands for the YAML; a command
+        that was told everything without a YAML has no next one that is as short."""
+        if CONFIG in words and self.path is None:
+            return
+        self.console.next(shlex.join(["dataflex", *(str(self.path if word is CONFIG else word) for word in words)]))
 
 
 @contextlib.contextmanager
@@ -129,7 +142,7 @@ def session(
                 _start_processes(config, nproc, console)
             if notice := namesake_notice():  # after a launcher's part of the command, so that it is said once
                 console.warning(notice)
-            yield Session(config, console)
+            yield Session(config, console, path)
             if "torch.distributed" in sys.modules:
                 from dataflex import processes
 

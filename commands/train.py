@@ -32,4 +32,5 @@ def train(
         import dataflex
 
         folder = dataflex.train(session.config, session.console)
+        session.next("eval", s.CONFIG, "--adapter", folder, "-o", folder / "eval.json")
         session.console.result([folder], {"command": "train", "output_dir": str(folder)})

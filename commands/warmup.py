@@ -35,4 +35,5 @@ def warmup(
         import dataflex
 
         checkpoint = dataflex.warmup(session.config, session.console)
+        session.next("grads", s.CONFIG, "--checkpoint", checkpoint, "-o", checkpoint.parent / "train.h5")
         session.console.result([checkpoint], {"command": "warmup", "checkpoint": str(checkpoint)})

@@ -229,6 +229,8 @@ def _component(values: dict[str, Any], problems: list[str]) -> tuple[dict[str, A
             return {}, []
         if isinstance(components.get("selectors"), dict):
             components = components["selectors"]
+        if name not in components and name in selectors.packaged_components():
+            components = selectors.packaged_components()
     if name not in components and (path is None or ":" in name):
         return _selector(name, "key 'component_name'", problems), []
     if name not in components:

@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from typing import Any
 
-from dataflex.config import MARKS, RunConfig, default_of, help_of
-from dataflex.keys import COMMANDS, Decides
+from dataflex.key_list import HANDED_ON, KeyFacts, key_facts
+from dataflex.keys import COMMANDS
 
 MARK = "<!-- keys -->"
-
-# Heading of each part of a result that keys decide, in the order of the work.
-HEADINGS = {
-    Decides.ROWS: "Which rows, and their tokens",
-    Decides.MODEL: "The base model",
-    Decides.TRAINING: "Training",
-    Decides.DIRECTION: "The direction of a row",
-    Decides.PROJECTION: "The projection",
-    Decides.STORE: "Stored numbers",
-    Decides.SCORES: "Scores",
-    Decides.SELECTION: "Which scored rows are written",
-    Decides.MERGE: "Merging",
-    Decides.EVALUATION: "Evaluating",
-    Decides.COMPARISON: "Comparing",
-    Decides.NOTHING: "How the work is done; results stay the same",
-}
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
@@ -34,17 +19,13 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
 
 def keys_as_markdown() -> str:
     """Every key a YAML may set: its default, help and users, grouped by what it decides."""
-    parts = []
-    for decides, heading in HEADINGS.items():
-        keys = [key for key, mark in MARKS.items() if mark.decides is decides and key != "training_arguments"]
-        parts.append(f"## {heading}\n\n" + "\n".join(_of_key(key) for key in keys))
-    return "\n\n".join(parts)
+    groups = groupby(key_facts(), lambda facts: facts.heading)
+    return "\n\n".join(f"## {heading}\n\n" + "\n".join(map(_of_key, facts)) for heading, facts in groups)
 
 
-def _of_key(key: str) -> str:
-    users = MARKS[key].users
-    used = "every command" if set(users) == set(COMMANDS) else ", ".join(users)
-    if key not in RunConfig.model_fields:
-        return f"- **`{key}`**: handed to transformers' TrainingArguments as it stands. *{used}*"
-    default = json.dumps(default_of(key), ensure_ascii=False)
-    return f"- **`{key}`** (`{default}`): {help_of(key)} *{used}*"
+def _of_key(facts: KeyFacts) -> str:
+    used = "every command" if set(facts.used_by) == set(COMMANDS) else ", ".join(facts.used_by)
+    if facts.help == HANDED_ON:
+        return f"- **`{facts.key}`**: {HANDED_ON}. *{used}*"
+    default = json.dumps(facts.default, ensure_ascii=False)
+    return f"- **`{facts.key}`** (`{default}`): {facts.help} *{used}*"

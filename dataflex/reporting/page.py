@@ -32,6 +32,8 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
+    folded: bool = False
+    """The tables show when they are asked for."""
 
 
 def page_of(facts: Mapping[str, Any]) -> str:
@@ -173,13 +175,7 @@ def _of_comparison(facts: Mapping[str, Any]) -> dict[str, Any]:
         picked = [_summed([run["picked"] for run in runs if run["arm"] == name]) for name in arms]
         shares = plots.picked_shares([facts["pool"]["datasets"], *picked], ["pool", *arms], "arm")
         section.pictures.append(_picture("What was picked, by dataset", shares))
-        pairs = [one for one in facts["agreement"] if one["budget"] == budget]
-        section.tables.append(
-            Table(
-                ["arms", "share of rows that both picked"],
-                [[f"{p['a']} and {p['b']}", f"{p['share']:.0%}"] for p in pairs],
-            )
-        )
+        section.tables.append(_agreement([one for one in facts["agreement"] if one["budget"] == budget]))
         sections.append(section)
     if "deciles" in facts:
         rows = [
@@ -261,7 +257,7 @@ def _settings(facts: Mapping[str, Any]) -> Section:
         Table([], [[name, str(value)] for name, value in facts["fingerprints"].items() if value]),
         Table([], [[name, str(value)] for name, value in facts.get("versions", {}).items()]),
     ]
-    return Section("Settings and fingerprints", tables=[table for table in tables if table.rows])
+    return Section("Settings and fingerprints", tables=[table for table in tables if table.rows], folded=True)
 
 
 def _arm(one: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -276,6 +272,14 @@ def _arm(one: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[str]
 
 def _is_of(run: Mapping[str, Any], one: Mapping[str, Any]) -> bool:
     return run["arm"] == one["arm"] and (run["budget"] == one["budget"] or one["arm"] == "all")
+
+
+def _agreement(pairs: Sequence[Mapping[str, Any]]) -> Table:
+    """The share of rows that two arms both picked, every arm against every other."""
+    shares = {(one["a"], one["b"]): f"{one['share']:.0%}" for one in pairs}
+    arms = list(dict.fromkeys(name for pair in shares for name in pair))
+    cells = [[name, *(shares.get((name, other)) or shares.get((other, name), "") for other in arms)] for name in arms]
+    return Table(["rows that both picked", *arms], cells)
 
 
 def _summed(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -23,6 +23,7 @@ VARIABLES = {INK: "--ink", FAINT: "--faint", MARK: "--mark"} | {
 }
 WIDTH, HEIGHT = 5.2, 3.0  # inches; at the width of a phone the text keeps its size
 MOST_TICKS = 24
+WIDEST = 44  # characters of all labels below a picture, beyond which they stand aslant
 
 
 def _figure(height: float = HEIGHT) -> tuple[Figure, Axes]:
@@ -107,9 +108,13 @@ def picked_shares(picked: Sequence[Mapping[str, int]], labels: Sequence[str], wh
         axes.bar(range(len(picked)), shares, bottom=bottom, color=SERIES[number], label=name, width=0.8)
         bottom += shares
     every = max(1, -(-len(labels) // MOST_TICKS))
-    axes.set_xticks(range(0, len(labels), every), list(labels)[::every], rotation=0 if len(labels) < 9 else 60)
-    axes.set(xlabel=what, ylabel="share of the picked rows", ylim=(0, 1))
-    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.25), ncols=2)
+    axes.set_xticks(
+        range(0, len(labels), every), list(labels)[::every], rotation=0 if sum(map(len, labels)) < WIDEST else 60
+    )
+    axes.set(xlabel=what, ylabel="share of rows", ylim=(0, 1))
+    figure.legend(
+        *axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside lower left", ncols=2, labelcolor=INK
+    )
     return _as_svg(figure, "picked rows by dataset")
 
 

@@ -93,17 +93,19 @@ def main() -> None:
     parser.add_argument("--target", choices=KINDS, default=KINDS[-1])
     parser.add_argument("--cutoff-len", type=int, default=192)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="beside all rows")
     parser.add_argument("--folder", type=Path, default=Path("saves/evidence/candidates"))
     arguments = parser.parse_args()
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    shares: dict[str, list[float]] = {way: [] for way in WAYS}
+    ways = list(dict.fromkeys(["all rows", *arguments.ways]))
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    shares: dict[str, list[float]] = {way: [] for way in ways}
     kept: list[float] = []
     for seed in arguments.seeds:
         folder = arguments.folder / f"{arguments.target}-rows-{arguments.rows}-seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         write_pool(folder, arguments.rows, arguments.target, seed)
         full: tuple[float, list[set[int]]] | None = None
-        for way in WAYS:
+        for way in ways:
             found = run(folder, way, seed, arguments)
             full = full or found
             if found is full:
@@ -113,7 +115,7 @@ def main() -> None:
             shares[way].append(float(np.mean([len(mine & theirs) / len(theirs) for mine, theirs in later])))
     print("| way | selections, of the full run's time | of its picks, from the second selection on |\n|---|---|---|")
     print(f"| first picks kept | | {np.mean(kept):.2f} ({', '.join(f'{share:.2f}' for share in kept)}) |")
-    for way in WAYS:
+    for way in ways:
         by_seed = ", ".join(f"{share:.2f}" for share in shares[way])
         print(f"| {way} | {np.mean(times[way]):.2f} | {np.mean(shares[way]):.2f} ({by_seed}) |")
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 import dataflex
+from dataflex.comparison.arms import ALL, file_name
 from dataflex.comparison.figures import paired_difference
 from dataflex.config import RunConfig
 
@@ -95,8 +96,8 @@ def measured(config: RunConfig) -> dict[str, np.ndarray]:
     part = "0.2" if config.by == "rows" else "0.2-tokens"
     losses = {"untouched": folder / "untouched.rows.jsonl"}
     for run in json.loads((folder / "report.json").read_text(encoding="utf-8"))["runs"]:
-        name = run["arm"].replace(":", "-")
-        losses[run["arm"]] = folder / f"seed-{config.seed}" / "evals" / f"{name}-{part}.rows.jsonl"
+        name = file_name(f"{run['arm']}-{'1' if run['arm'] == ALL else part}")
+        losses[run["arm"]] = folder / f"seed-{config.seed}" / "evals" / f"{name}.rows.jsonl"
     return {
         arm: np.array([json.loads(line)["loss"] for line in path.read_text(encoding="utf-8").splitlines()])
         for arm, path in losses.items()

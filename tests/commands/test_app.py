@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 from dataflex import open_store
+from dataflex.commands import app
 from dataflex.commands.session import session
 
-COMMANDS = ("dynamic", "warmup", "grads", "score", "select", "train", "merge", "eval")
+COMMANDS = tuple(app.COMMANDS)
 CHECKPOINT = "warmup/checkpoint-4"
 RUNS = {
     "dynamic": "dynamic run.yaml output_dir=out",

@@ -124,7 +124,7 @@ class Kills:
 
 def figures_without_seconds(folder: Path) -> dict[str, Any]:
     report = report_of(folder)
-    del report["seconds"]
+    del report["seconds"], report["name"], report["settings"]
     for run in report["runs"]:
         del run["folder"], run["seconds"]
     return report

@@ -1,0 +1,40 @@
+"""`dataflex keys`"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from dataflex.commands import session as s
+
+EXAMPLE = "Example: dataflex keys learning_rate"
+
+Word = Annotated[str | None, typer.Argument(metavar="WORD", help="Show keys with this word in name or help.")]
+
+
+def keys(
+    word: Word = None,
+    dry_run: s.DryRun = False,
+    as_json: s.Json = False,
+    quiet: s.Quiet = False,
+    overwrite: s.Overwrite = False,
+) -> None:
+    """List every key a YAML may set: its default, its help, and the commands that use it.
+
+    Each is set in the YAML as `key: value`, or on the command line as key=value.
+    """
+    with s.session(None, {}, as_json=as_json, quiet=quiet) as session:
+        from dataflex.key_list import key_facts
+
+        found = key_facts(word)
+        lines, heading = [], ""
+        for facts in found:
+            if facts.heading != heading:
+                heading = facts.heading
+                lines.append(f"# {heading}")
+            lines.append(f"{facts.key}: {json.dumps(facts.default, ensure_ascii=False)}")
+            lines.append(f"    {facts.help} [{', '.join(facts.used_by)}]")
+        session.console.result(lines, {"command": "keys", "keys": [asdict(facts) for facts in found]})

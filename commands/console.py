@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,22 +11,41 @@ from typing import Any
 
 from rich import box
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Task as RichTask
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from dataflex.json_text import json_of_figures
 from dataflex.progress import Interrupted
 
+EVERY = 30.0
+"""Seconds between two lines about a task where there is no terminal."""
+
+
+def rate_of(done: float, seconds: float, unit: str) -> str:
+    """Units a second, or below one a second the seconds of one; nothing before the first."""
+    if not done or not seconds:
+        return ""
+    one = unit.removesuffix("s")
+    return f"{done / seconds:.1f} {unit}/s" if done >= seconds else f"{seconds / done:.1f} s/{one}"
+
+
+def left_of(done: float, total: float, seconds: float) -> str:
+    """The time left at the mean pace of the whole task, so that it lasts through steps of a minute."""
+    if not done:
+        return "-:--:--"
+    return str(datetime.timedelta(seconds=round(seconds / done * max(0.0, total - done))))
+
 
 class _Rate(ProgressColumn):
-    """Units a second over the whole task."""
-
     def render(self, task: RichTask) -> Text:
-        if not task.completed or not task.elapsed:
-            return Text("")
-        return Text(f"{task.completed / task.elapsed:.2f} {task.fields['unit']}/s", style="cyan")
+        return Text(rate_of(task.completed, task.elapsed or 0, task.fields["unit"]), style="cyan", no_wrap=True)
+
+
+class _Left(ProgressColumn):
+    def render(self, task: RichTask) -> Text:
+        return Text(f"left {left_of(task.completed, task.total or 0, task.elapsed or 0)}", style="cyan", no_wrap=True)
 
 
 class _Shown(ProgressColumn):
@@ -52,16 +72,24 @@ class _Bar:
 
 
 class _Count:
-    """One running task where there is no terminal: only its end is told."""
+    """One running task where there is no terminal: a line every half a minute, and its end."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, description: str, total: int, unit: str) -> None:
         self.console = console
+        self.description, self.total, self.unit = description, total, unit
         self.done = 0
+        self.started = self.told = time.monotonic()
         self.shown: dict[str, float] = {}
 
     def advance(self, amount: int = 1, **shown: float) -> None:
         self.done += amount
         self.shown.update(shown)
+        now = time.monotonic()
+        if now - self.told >= EVERY:
+            self.told, seconds = now, now - self.started
+            parts = [f"{self.done}/{self.total} {self.unit}", rate_of(self.done, seconds, self.unit)]
+            left = left_of(self.done, self.total, seconds)
+            self.console.say(f"{self.description}: {', '.join(filter(None, parts))}, {left} left")
         if amount:
             self.console.end_if_asked()
 
@@ -96,26 +124,29 @@ class Console:
     @contextlib.contextmanager
     def _shown_task(self, description: str, total: int, unit: str) -> Iterator[_Bar | _Count]:
         if not self.err.is_terminal or self.quiet:
-            count, started = _Count(self), time.monotonic()
+            count = _Count(self, description, total, unit)
             yield count
-            seconds = time.monotonic() - started
+            seconds = time.monotonic() - count.started
             if seconds >= 1:
                 shown = "".join(f", {name} {value:.4g}" for name, value in count.shown.items())
                 self.say(f"{description}: {count.done} {unit} in {seconds:.0f} s{shown}")
             return
         progress, outermost = self._progress, self._progress is None
         if progress is None:
+            wide = self.err.width >= 110
             progress = self._progress = Progress(
-                TextColumn("[bold]{task.description:<16}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed:>4.0f}/{task.total:.0f} {task.fields[unit]}"),
-                _Rate(),
-                _Shown(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
+                TextColumn("[bold]{task.description:<16}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=24 if wide else 8),
+                TextColumn(
+                    "{task.completed:>4.0f}/{task.total:.0f} {task.fields[unit]}", table_column=Column(no_wrap=True)
+                ),
+                _Rate(table_column=Column(no_wrap=True)),
+                _Left(table_column=Column(no_wrap=True)),
+                *([TimeElapsedColumn(table_column=Column(no_wrap=True))] if wide else []),
+                _Shown(table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
                 console=self.err,
                 transient=True,
+                expand=True,
             )
             progress.start()
         bar = _Bar(self, progress, description, total, unit)

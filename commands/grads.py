@@ -16,6 +16,7 @@ def grads(
     arguments: s.Arguments = None,
     model: s.Model = None,
     dataset: s.Dataset = None,
+    eval_dataset: s.EvalDataset = None,
     dataset_dir: s.DatasetDir = None,
     template: s.Template = None,
     cutoff_len: s.CutoffLen = None,

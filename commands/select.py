@@ -18,7 +18,7 @@ def select(
     scores: Annotated[str | None, s.option("scores", "--scores")] = None,
     data: Annotated[str | None, s.option("data", "--data")] = None,
     dataset_dir: s.DatasetDir = None,
-    top: Annotated[float | None, s.option("top", "--top")] = None,
+    top: Annotated[str | None, s.option("top", "--top")] = None,
     count: Annotated[int | None, s.option("count", "--count")] = None,
     threshold: Annotated[float | None, s.option("threshold", "--threshold")] = None,
     plain: Annotated[bool, typer.Option("--plain", help=help_of("plain"))] = False,

@@ -19,7 +19,7 @@ import dataflex
 from dataflex import environment
 from dataflex.commands.console import Console
 from dataflex.commands.signals import stoppable
-from dataflex.config import RunConfig, help_of
+from dataflex.config import RunConfig, choices_of, default_of, help_of
 from dataflex.distribution import namesake_notice
 from dataflex.errors import DataflexError
 from dataflex.progress import Interrupted
@@ -38,8 +38,13 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help=help_of("overwrite"
 
 
 def option(key: str, *flags: str) -> Any:
-    """An option that sets `key`, with the key's own help."""
-    return typer.Option(*flags, help=help_of(key), show_default=False)
+    """An option that sets `key`, with the key's own help, choices and default."""
+    default = default_of(key)
+    shown = False if default is None else ",".join(map(str, default)) if isinstance(default, list) else str(default)
+    choices = choices_of(key)
+    return typer.Option(
+        *flags, help=help_of(key), show_default=shown, metavar=f"[{'|'.join(choices)}]" if choices else None
+    )
 
 
 Model = Annotated[str | None, option("model_name_or_path", "--model")]
@@ -53,7 +58,7 @@ Output = Annotated[str | None, option("output", "--output", "-o")]
 Checkpoints = Annotated[list[str] | None, option("checkpoint", "--checkpoint")]
 GradientType = Annotated[str | None, option("gradient_type", "--gradient-type")]
 AdamFormula = Annotated[str | None, option("adam_formula", "--adam-formula")]
-ProjDim = Annotated[int | None, option("proj_dim", "--proj-dim")]
+ProjDim = Annotated[str | None, option("proj_dim", "--proj-dim")]
 Projector = Annotated[str | None, option("projector", "--projector")]
 Nproc = Annotated[
     int | None, typer.Option("--nproc", min=1, help="Processes to share the work, one a GPU.", show_default=False)

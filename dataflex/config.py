@@ -6,11 +6,12 @@ each key is its help: the command line prints the same words.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import (
     AfterValidator,
@@ -54,8 +55,9 @@ def _comma_list(value: Any) -> Any:
 
 
 def _shares(value: Any) -> Any:
-    """One share, or several as a list or by comma."""
-    return [value] if isinstance(value, (int, float)) else _comma_list(value)
+    """One share, or several as a list or by comma; `5%` is 0.05."""
+    parts = [value] if isinstance(value, (int, float)) else _comma_list(value)
+    return [_share(part) for part in parts] if isinstance(parts, list) else parts
 
 
 def _report_to(value: Any) -> Any:
@@ -67,6 +69,19 @@ def _report_to(value: Any) -> Any:
 def _as_text(value: Any) -> Any:
     """A number, as YAML reads `15`, becomes its text."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _or_null(value: Any) -> Any:
+    """`null` or `none`, as an option gives it, is None."""
+    return None if isinstance(value, str) and value.strip().lower() in ("null", "none") else value
+
+
+def _share(value: Any) -> Any:
+    """`5%` is 0.05."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        with contextlib.suppress(ValueError):
+            return float(value.strip().removesuffix("%")) / 100
+    return value
 
 
 def _numbers(value: Any) -> Any:
@@ -353,7 +368,7 @@ class RunConfig(BaseModel):
     all layers."""
     adam_formula: Annotated[Literal["torch", "dataflex", "less"], DIRECTION] = "torch"
     """Adam's step: bias-corrected as torch's, without correction (dataflex), or with epsilon in the root (less)."""
-    proj_dim: Annotated[PositiveInt | None, PROJECTION] = 8192
+    proj_dim: Annotated[PositiveInt | None, BeforeValidator(_or_null), PROJECTION] = 8192
     """Width of a projected gradient. null: score with whole gradients and keep no store."""
     projector: Annotated[str, AfterValidator(_of_table(projection.check_name)), PROJECTION] = Field(
         "sketch", description=f"Projection method. {listing(projection.PROJECTORS)}"
@@ -447,8 +462,8 @@ class RunConfig(BaseModel):
     """Score file that `score` wrote."""
     data: Annotated[Names | None, Key(Decides.SELECTION, path="input", by_content=True)] = None
     """Datasets that the scores belong to, written like `dataset`. null: `dataset`."""
-    top: Annotated[Share | None, SELECTION] = None
-    """Share of the scored rows to select, best first."""
+    top: Annotated[Share | None, BeforeValidator(_share), SELECTION] = None
+    """Share of the scored rows to select, best first, as 0.05 or 5%."""
     count: Annotated[PositiveInt | None, SELECTION] = None
     """Number of rows to select, best first."""
     threshold: Annotated[float | None, SELECTION] = None
@@ -576,6 +591,13 @@ def default_of(key: str) -> Any:
 def needed_keys(command: str) -> tuple[str, ...]:
     """The keys that `command` cannot run without."""
     return select_keys(MARKS, lambda mark: command in mark.needed_by)
+
+
+def choices_of(key: str) -> tuple[str, ...]:
+    """The values that a key may have, where they are few and named; null is left out."""
+    annotation = RunConfig.model_fields[key].annotation
+    parts = (annotation, *get_args(annotation))
+    return next((tuple(map(str, get_args(part))) for part in parts if get_origin(part) is Literal), ())
 
 
 def help_of(key: str) -> str:

@@ -18,7 +18,8 @@ def smooth(values: Sequence[float], weight: float = 0.6) -> list[float]:
 
 
 def plot_loss(log_history: Sequence[dict[str, Any]], selection_steps: Sequence[int], path: Path) -> None:
-    """Draw the training loss over steps, with a line at each selection; atomic."""
+    """Draw the training loss over steps, the loss on validation rows where it was taken, and a line at each selection;
+    atomic."""
     from matplotlib.figure import Figure
 
     points = [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
@@ -29,9 +30,12 @@ def plot_loss(log_history: Sequence[dict[str, Any]], selection_steps: Sequence[i
     axes = figure.subplots()
     axes.plot(steps, losses, color="#9dc3e6", label="as logged", marker="o" if len(steps) < 40 else None, markersize=3)
     axes.plot(steps, smooth(losses), color="#1f5c99", label="smoothed")
+    evaluated = [(entry["step"], entry["eval_loss"]) for entry in log_history if "eval_loss" in entry]
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), color="#548235", marker="s", markersize=4, label="validation rows")
     for index, step in enumerate(selection_steps):
         axes.axvline(step, color="#c55a11", linewidth=0.8, linestyle="--", label="selection" if index == 0 else None)
-    axes.set(xlabel="step", ylabel="training loss")
+    axes.set(xlabel="optimizer step", ylabel="loss", title=f"{path.parent.name}: loss")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     with atomic(path, "wb") as handle:

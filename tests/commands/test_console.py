@@ -1,0 +1,76 @@
+"""What is printed while work goes on, with a terminal and without; and how options show and take their values."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console as RichConsole
+
+from dataflex.commands import console as printed
+from dataflex.commands.console import Console, left_of, rate_of
+from dataflex.config import choices_of
+
+
+def test_a_rate_below_one_a_second_is_seconds_of_one() -> None:
+    assert rate_of(90, 30, "rows") == "3.0 rows/s"
+    assert rate_of(2, 120, "steps") == "60.0 s/step"
+    assert rate_of(0, 120, "steps") == ""
+
+
+def test_the_time_left_follows_the_mean_pace() -> None:
+    """Steps of a minute: rich's own estimate looks at half a minute and knows nothing then."""
+    assert left_of(2, 10, 120) == "0:08:00"
+    assert left_of(10, 10, 600) == "0:00:00"
+    assert left_of(0, 10, 5) == "-:--:--"
+
+
+def test_without_a_terminal_a_long_task_says_where_it_is(monkeypatch, capfd) -> None:
+    monkeypatch.setattr(printed, "EVERY", 0.0)
+    with Console().task("training", 4, "steps") as task:
+        task.advance(loss=2.5)
+        task.advance()
+    lines = capfd.readouterr().err.splitlines()
+    assert re.fullmatch(r"training: 1/4 steps, [\d.]+ (steps/s|s/step), 0:00:0\d left", lines[0])
+    assert lines[1].startswith("training: 2/4 steps")
+    monkeypatch.setattr(printed, "EVERY", 30.0)
+    with Console().task("training", 4, "steps") as task:
+        task.advance()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_bar_is_one_line(width: int, monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    shown = Console()
+    shown.err = RichConsole(force_terminal=True, width=width, record=True, file=io.StringIO())
+    with shown.task("train gradients", 123456, "rows") as task:
+        task.advance(9999, loss=1.2345, eval_loss=2.3456)
+        assert shown._progress is not None
+        lines = shown.err.render_lines(shown._progress.get_renderable())
+        text = "".join(segment.text for segment in lines[0])
+    assert len(lines) == 1 and len(text) == width
+    assert "9999/123456 rows" in text and "left" in text
+
+
+def test_options_show_their_choices_and_defaults(cli) -> None:
+    said = " ".join(cli("grads", "--help").stdout.replace("│", " ").split())
+    assert "[adam|sgd|sign]" in said and "8192" in said
+    assert choices_of("by") == ("rows", "tokens") and choices_of("quantization_bit") == ("4", "8")
+    assert choices_of("learning_rate") == () and choices_of("output_dir") == ()
+
+
+def test_options_take_what_keys_take(bench: Path, cli) -> None:
+    taken = cli("select", "run.yaml", "--scores", "scores.jsonl", "--top", "50%", "-o", "half.jsonl", "--json")
+    assert taken.exit_code == 0, taken.stderr
+    rows = len((bench / "scores.jsonl").read_text().splitlines())
+    assert len((bench / "half.jsonl").read_text().splitlines()) == rows // 2
+    planned = cli("dynamic", "run.yaml", "--proj-dim", "null", "output_dir=out", "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.stderr
+    assert "store_bytes" not in json.loads(planned.stdout)["sizes"]
+    for wrong in ("5%%", "many", "500%"):
+        refused = cli("select", "run.yaml", "--scores", "scores.jsonl", "--top", wrong, "-o", "x.jsonl")
+        assert refused.exit_code == 2 and "top" in refused.stderr

@@ -49,7 +49,7 @@ def eval(
         parts = [("dataset", name, part) for name, part in found["datasets"].items()]
         parts += [("subtask", name, part) for name, part in found["subtasks"].items()]
         columns = ["rows", "tokens", "loss", "token_loss", "perplexity"]
-        columns += [key for key in ("exact", "normalised") if key in found]
+        columns += [key for key in ("exact", "normalised", "math") if key in found]
         table = [[kind, name, *[part[key] for key in columns]] for kind, name, part in [*parts, ("", "all", found)]]
         session.console.table("held-out rows", ["", "name", *[key.replace("_", " ") for key in columns]], table)
         written = [path, session.config.rows] if session.config.rows else [path]

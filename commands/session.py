@@ -145,6 +145,8 @@ def session(
                 check_needs(config, command)
             if not alone:
                 _start_processes(config, nproc, console)
+            if console.err.is_terminal and config.model_name_or_path:  # the imports take seconds, a large model minutes
+                console.say(f"loading torch and transformers, then {config.model_name_or_path}")
             if notice := namesake_notice():  # after a launcher's part of the command, so that it is said once
                 console.warning(notice)
             yield Session(config, console, path)

@@ -13,7 +13,8 @@ def figures_of(loss: np.ndarray, tokens: np.ndarray, matches: Mapping[str, np.nd
     """The figures of rows with mean cross-entropies `loss` [N] and `tokens` [N] supervised tokens.
 
     `loss` is the mean over rows of each row's mean cross-entropy in nats; `token_loss` is the mean over all supervised
-    tokens; `perplexity` is exp(token_loss). Of each of `matches` [N] bool by name, the share of rows that match.
+    tokens; `perplexity` is exp(token_loss). Of each of `matches` [N] by name, 1 or 0 and NaN for a row without a part
+    in it, the share of rows that match; NaN where no row has a part.
     """
     token_loss = float((loss * tokens).sum() / tokens.sum())
     return {
@@ -22,8 +23,13 @@ def figures_of(loss: np.ndarray, tokens: np.ndarray, matches: Mapping[str, np.nd
         "loss": float(loss.mean()),
         "token_loss": token_loss,
         "perplexity": math.exp(token_loss) if token_loss < 700 else math.inf,
-        **{name: float(values.mean()) for name, values in matches.items()},
+        **{name: _share(values) for name, values in matches.items()},
     }
+
+
+def _share(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def by_name(

@@ -17,7 +17,7 @@ from dataflex.data.examples import Split, dated
 from dataflex.data.rows import Example, dataset_columns, row_numbers, subtasks_of, supervised_tokens
 from dataflex.evaluation.figures import by_name, figures_of
 from dataflex.evaluation.generation import answer_start, greedy, prompt_batches, prompt_of, stop_tokens, until_stop
-from dataflex.evaluation.matching import MATCHES
+from dataflex.evaluation.matching import matches
 from dataflex.evaluation.overlap import refuse_overlaps
 from dataflex.evaluation.row_log import append, log_path, take_up
 from dataflex.files import write_json, write_text
@@ -183,21 +183,21 @@ def _write(ready: Evaluation, known: dict[int, dict[str, Any]]) -> None:
         {"row": int(row), "dataset": dataset, "subtask": subtask, "loss": float(value), "tokens": int(count)}
         for row, dataset, subtask, value, count in columns
     ]
-    matches: dict[str, np.ndarray] = {}
+    shares: dict[str, np.ndarray] = {}
     if config.max_new_tokens:
         for index, (line, example) in enumerate(zip(lines, split.examples, strict=True)):
             start = answer_start(example)
             line["prompt"] = str(ready.tokenizer.decode(example.input_ids[:start], skip_special_tokens=True))
             line["answer"] = _text(ready, example.input_ids[start:])
             line["generated"] = known[index]["generated"]
-            line |= {name: match(line["answer"], line["generated"]) for name, match in MATCHES.items()}
-        matches = {name: np.array([line[name] for line in lines]) for name in MATCHES}
+            line |= {name: match(line["answer"], line["generated"]) for name, match in matches().items()}
+        shares = {name: np.array([line[name] for line in lines], dtype=float) for name in matches()}  # None is NaN
     found = {
         "model": masked(config.model_name_or_path),
         "adapter": config.adapter_name_or_path,
-        **figures_of(loss, tokens, matches),
-        "datasets": by_name(datasets, loss, tokens, matches),
-        "subtasks": by_name(subtasks, loss, tokens, matches),
+        **figures_of(loss, tokens, shares),
+        "datasets": by_name(datasets, loss, tokens, shares),
+        "subtasks": by_name(subtasks, loss, tokens, shares),
     }
     if config.rows is not None:
         write_text(config.rows, "".join(json_of_figures(line) + "\n" for line in lines))

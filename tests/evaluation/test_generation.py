@@ -13,7 +13,7 @@ import dataflex
 from dataflex.data.rows import Example
 from dataflex.errors import UsageError
 from dataflex.evaluation.generation import answer_start, prompt_of, until_stop
-from dataflex.evaluation.matching import exact, normalised
+from dataflex.evaluation.matching import exact, mathematical, normalised
 
 
 def test_answers_are_those_of_generate_on_single_prompts(model_dir: Path, data_dir: Path, tmp_path: Path) -> None:
@@ -71,3 +71,18 @@ def test_an_answer_ends_before_its_stop_token() -> None:
 )
 def test_matches(answer: str, generated: str, matches: tuple[bool, bool]) -> None:
     assert (exact(answer, generated), normalised(answer, generated)) == matches
+
+
+@pytest.mark.parametrize(
+    ("answer", "generated", "matches"),
+    [
+        ("23 + 8 = 31. Mei has 62 shells.", "So she has 62 of them.", True),
+        ("23 + 8 = 31. Mei has 62 shells.", "So she has 63 of them.", False),
+        (r"$\frac{1}{2}$", "The answer is 0.5.", True),
+        ("1,234", "1234", True),
+        ("62", "no idea", False),
+        ("hello", "hello", None),
+    ],
+)
+def test_the_same_number_or_expression_matches(answer: str, generated: str, matches: bool | None) -> None:
+    assert mathematical(answer, generated) is matches

@@ -125,9 +125,11 @@ def test_two_processes_find_what_one_finds(config: RunConfig, tmp_path: Path, ru
 
 
 def test_figures_weigh_rows_and_tokens() -> None:
-    found = figures_of(np.array([1.0, 3.0]), np.array([3, 1]), {"exact": np.array([True, False])})
+    found = figures_of(
+        np.array([1.0, 3.0]), np.array([3, 1]), {"exact": np.array([1.0, 0.0]), "math": np.array([1.0, np.nan])}
+    )
     assert (found["loss"], found["token_loss"], found["rows"], found["tokens"]) == (2.0, 1.5, 2, 4)
-    assert found["exact"] == 0.5
+    assert (found["exact"], found["math"]) == (0.5, 1.0)
     assert found["perplexity"] == pytest.approx(np.exp(1.5))
 
 

@@ -15,27 +15,27 @@ from typer.core import TyperCommand, TyperGroup
 # commands/NAME.py holds the function NAME.
 PANELS = {
     "Begin": {
-        "init": "Write a project that runs as it is: run.yaml with comments, components, and a few rows.",
-        "keys": "List every key a YAML may set: its default, its help, and the commands that use it.",
-        "env": "Say what a report of a fault has to say: versions, devices, memory, optional packages.",
+        "init": "Write a project that runs as it is.",
+        "keys": "List every key, with its default, help and users.",
+        "env": "Print versions, devices and memory, for a report of a fault.",
     },
     "A whole run": {
-        "dynamic": "Fine-tune on random rows first, then on rows that are selected as training goes on.",
-        "compare": "Train on the rows of several selectors and on random ones, and say which helps held-out rows.",
+        "dynamic": "Fine-tune on random rows first, then on selected ones.",
+        "compare": "Say whose rows help held-out rows: selectors' or random ones.",
     },
     "Single steps": {
         "warmup": "Train a LoRA adapter on random rows for warmup_step steps.",
-        "grads": "Collect every row's projected gradient at a checkpoint into an HDF5 store.",
-        "score": "Score training rows by their cosine with the validation rows, summed over checkpoints.",
+        "grads": "Collect every row's projected gradient in an HDF5 store.",
+        "score": "Score rows by their cosine with the validation rows.",
         "select": "Write the best-scored rows of a dataset as JSONL, best first.",
-        "train": "Train a LoRA adapter on all of a dataset, for instance on a subset that select wrote.",
+        "train": "Train a LoRA adapter on all of a dataset, such as a subset.",
         "merge": "Fold LoRA adapters into their base model and save a whole model.",
     },
     "Look and measure": {
-        "inspect": "Say what a file, a folder or a dataset is, what it came from, and whether it is whole.",
-        "eval": "Measure a model on held-out rows: loss, perplexity and greedy answers, by subtask and dataset.",
-        "report": "Write a page and a JSON file of what a run, a comparison or a score file found.",
-        "bench": "Measure gradients against LoRA training: tokens a second, peak memory, time for all rows.",
+        "inspect": "Say what a file, folder or dataset is, and whether it is whole.",
+        "eval": "Measure a model on held-out rows: loss, perplexity, answers.",
+        "report": "Write a page of what a run, a comparison or a scoring found.",
+        "bench": "Measure gradients against LoRA training on this machine.",
     },
 }
 COMMANDS = {name: sentence for commands in PANELS.values() for name, sentence in commands.items()}
@@ -74,7 +74,6 @@ app = typer.Typer(
     ),
     rich_markup_mode="rich",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

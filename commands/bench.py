@@ -24,7 +24,7 @@ def bench(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Measure gradients against LoRA training: tokens a second, peak memory, time for all rows."""
+    """Measure gradients against LoRA training on this machine."""
     options = s.given(locals())
     with s.session(arguments, options, as_json=as_json, quiet=quiet, command="bench") as session:
         if dry_run:

@@ -41,7 +41,7 @@ def compare(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Train on the rows of several selectors and on random ones, and say which helps held-out rows.
+    """Say whose rows help held-out rows: selectors' or random ones.
 
     Every arm starts from the same weights and trains for num_train_epochs passes over its rows. Run again, with
     further selectors, budgets or seeds as well, it makes only what is not there yet.

@@ -35,7 +35,7 @@ def dynamic(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Fine-tune on random rows first, then on rows that are selected as training goes on.
+    """Fine-tune on random rows first, then on selected ones.
 
     Every update_step optimizer steps the rows that help the validation data most are picked anew; each
     selection is kept in output_dir/selections.

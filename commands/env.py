@@ -10,7 +10,7 @@ EXAMPLE = "Example: dataflex env --json"
 def env(
     dry_run: s.DryRun = False, as_json: s.Json = False, quiet: s.Quiet = False, overwrite: s.Overwrite = False
 ) -> None:
-    """Say what a report of a fault has to say: versions, devices, memory, optional packages."""
+    """Print versions, devices and memory, for a report of a fault."""
     with s.session(None, {}, as_json=as_json, quiet=quiet) as session:
         from dataflex.machine import machine
 

@@ -32,7 +32,7 @@ def eval(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Measure a model on held-out rows: loss, perplexity and greedy answers, by subtask and dataset.
+    """Measure a model on held-out rows: loss, perplexity, answers.
 
     Run again after an interruption, it computes only the rows that are missing.
     """

@@ -36,7 +36,7 @@ def grads(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Collect every row's projected gradient at a checkpoint into an HDF5 store.
+    """Collect every row's projected gradient in an HDF5 store.
 
     Training rows give the step Adam would take on them; with --split eval, validation rows give their gradient.
     Run again after an interruption, it computes only the rows that are missing.

@@ -22,9 +22,10 @@ def init(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Write a project that runs as it is: run.yaml with comments, components, and a few rows.
+    """Write a project that runs as it is.
 
-    The rows are a pool of facts and sums, sums as the target, and held-out sums. --overwrite replaces what is there.
+    It has a run.yaml with comments, components, and a few rows: a pool of facts and sums, sums as the target, and
+    held-out sums. --overwrite replaces what is there.
     """
     with s.session(None, {}, as_json=as_json, quiet=quiet) as session:
         from dataflex.starting import MODEL

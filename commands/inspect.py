@@ -33,7 +33,7 @@ def inspect(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Say what a file, a folder or a dataset is, what it came from, and whether it is whole.
+    """Say what a file, folder or dataset is, and whether it is whole.
 
     With a model, from CONFIG or --model, a dataset is shown as the model will see it: how long its rows are, what
     is truncated or dropped and why, and one row with the tokens that are learned in colour.

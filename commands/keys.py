@@ -22,7 +22,7 @@ def keys(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """List every key a YAML may set: its default, its help, and the commands that use it.
+    """List every key, with its default, help and users.
 
     Each is set in the YAML as `key: value`, or on the command line as key=value.
     """

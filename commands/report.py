@@ -32,7 +32,7 @@ def report(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Write a page and a JSON file of what a run, a comparison or a score file found.
+    """Write a page of what a run, a comparison or a scoring found.
 
     dynamic and compare write their own at their end. A page is one file without scripts: it can be sent to others.
     An earlier page of the same name is replaced.

@@ -30,7 +30,7 @@ def score(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Score training rows by their cosine with the validation rows, summed over checkpoints.
+    """Score rows by their cosine with the validation rows.
 
     Give --train and --eval once per checkpoint, in the same order. Or give a CONFIG and --selector, which needs no
     store; with --checkpoint, once per checkpoint, where the selector takes gradients. --exact is --selector less.

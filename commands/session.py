@@ -17,6 +17,7 @@ import typer
 
 import dataflex
 from dataflex import environment
+from dataflex.commands import completion
 from dataflex.commands.console import Console
 from dataflex.commands.signals import stoppable
 from dataflex.config import RunConfig, choices_of, default_of, help_of
@@ -27,7 +28,10 @@ from dataflex.progress import Interrupted
 Arguments = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="CONFIG.yaml key=value", help="A YAML file, then keys that win over it.", show_default=False
+        metavar="CONFIG.yaml key=value",
+        help="A YAML file, then keys that win over it.",
+        show_default=False,
+        autocompletion=completion.keys,
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check and show what would be done; touch nothing.")]
@@ -43,7 +47,11 @@ def option(key: str, *flags: str) -> Any:
     shown = False if default is None else ",".join(map(str, default)) if isinstance(default, list) else str(default)
     choices = choices_of(key)
     return typer.Option(
-        *flags, help=help_of(key), show_default=shown, metavar=f"[{'|'.join(choices)}]" if choices else None
+        *flags,
+        help=help_of(key),
+        show_default=shown,
+        metavar=f"[{'|'.join(choices)}]" if choices else None,
+        autocompletion=completion.values(key),
     )
 
 

@@ -22,7 +22,7 @@ def train(
     quiet: s.Quiet = False,
     overwrite: s.Overwrite = False,
 ) -> None:
-    """Train a LoRA adapter on all of a dataset, for instance on a subset that select wrote."""
+    """Train a LoRA adapter on all of a dataset, such as a subset."""
     options = s.given(locals())
     with s.session(
         arguments, options, as_json=as_json, quiet=quiet, command="train", alone=dry_run, nproc=nproc

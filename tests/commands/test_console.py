@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,33 @@ def test_options_show_their_choices_and_defaults(cli) -> None:
     assert "[adam|sgd|sign]" in said and "8192" in said
     assert choices_of("by") == ("rows", "tokens") and choices_of("quantization_bit") == ("4", "8")
     assert choices_of("learning_rate") == () and choices_of("output_dir") == ()
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("dataflex dyn", "dynamic"),
+        ("dataflex train temp", "template="),
+        ("dataflex train template=ll", "template=llama2 template=llama3"),
+        ("dataflex train --template qwen3_", "qwen3_nothink"),
+        ("dataflex train --dataset alpaca,id", "alpaca,identity"),
+        ("dataflex grads --grad", "--gradient-type"),
+        ("dataflex grads gradient_type=s", "gradient_type=sgd gradient_type=sign"),
+        ("dataflex train bf16=", "bf16=true bf16=false"),
+        ("dataflex train ru", "run.yaml run_name="),
+        ("dataflex train no_key=", ""),
+    ],
+)
+def test_a_shell_is_offered_the_rest_of_a_word(typed: str, offered: str, bench: Path) -> None:
+    words = {"_DATAFLEX_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    command = [str(Path(sys.executable).parent / "dataflex")]
+    done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True, cwd=bench)
+    assert done.stdout.split() == offered.split()
+
+
+def test_the_programs_help_fits_a_screen(run_cli) -> None:
+    lines = run_cli("--help").stdout.splitlines()
+    assert len([line for line in lines if line.strip()]) <= 40 and max(map(len, lines)) <= 80
 
 
 def test_options_take_what_keys_take(bench: Path, cli) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from dataflex.commands import session as s
 from dataflex.commands.planned import show_data
+from dataflex.commands.summaries import show_scores
 
 EXAMPLE = "Example: dataflex inspect alpaca_en_demo examples/demo.yaml"
 
@@ -50,7 +51,13 @@ def inspect(
 
         console = session.console
         found = look(session.config, target, console, keep=not dry_run)
-        console.facts(f"{found.kind} {found.name}", {k.replace("_", " "): _text(v) for k, v in found.facts.items()})
+        tabled = ("score_max", "score_mean", "score_min", "datasets") if found.kind == "scores" else ()
+        facts = {key.replace("_", " "): _text(value) for key, value in found.facts.items() if key not in tabled}
+        console.facts(f"{found.kind} {found.name}", facts)
+        if found.kind == "scores":
+            from dataflex.influence.scores import read_scores
+
+            show_scores(console, "scores", read_scores(target))
         if found.data is not None and found.example is not None:
             show_data(console, {found.kind: {**found.data, "example": found.example}})
         for problem in found.problems:

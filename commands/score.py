@@ -8,6 +8,7 @@ import typer
 
 from dataflex.commands import session as s
 from dataflex.commands.planned import show_plan
+from dataflex.commands.summaries import show_scores
 from dataflex.config import help_of
 
 EXAMPLE = "Example: dataflex score --train saves/train.h5 --eval saves/eval.h5 -o saves/scores.jsonl"
@@ -42,18 +43,16 @@ def score(
         if dry_run:
             return show_plan(session, "score", launches=True, nproc=nproc)
         import dataflex
-        from dataflex.influence.scores import ranking, read_scores
+        from dataflex.influence.scores import read_scores
         from dataflex.influence.sidecar import facts_of
 
         path = dataflex.score(session.config, session.console)
         scores = read_scores(path)
-        best = ranking(scores.row, scores.score)[:5]
-        rows = [[int(scores.row[i]), scores.dataset[i] if scores.dataset else "", float(scores.score[i])] for i in best]
-        session.console.table(f"best of {len(scores.row)} rows", ["row", "dataset", "score"], rows)
+        show_scores(session.console, f"scores of {len(scores.row)} rows", scores)
         correlation = facts_of(path)["length_correlation"]
         session.console.facts("scores", {"Spearman's correlation with supervised tokens": correlation})
-        names = session.config.dataset or ["DATASET"]
-        subset = path.with_name("subset.jsonl")
-        session.next("select", "--scores", path, "--data", ",".join(names), "--top", 0.05, "-o", subset)
+        if session.config.dataset:
+            names, subset = ",".join(session.config.dataset), path.with_name("subset.jsonl")
+            session.next("select", "--scores", path, "--data", names, "--top", "5%", "-o", subset)
         facts = {"command": "score", "output": str(path), "rows": len(scores.row), "length_correlation": correlation}
         session.console.result([path], facts)

@@ -116,6 +116,7 @@ def _inspect_store(path: Path) -> Inspection:
 
 def _inspect_scores(path: Path, first: dict[str, Any]) -> Inspection:
     from dataflex.influence.scores import read_scores
+    from dataflex.influence.sidecar import read_manifest
 
     scores = read_scores(path)
     facts = {
@@ -127,6 +128,9 @@ def _inspect_scores(path: Path, first: dict[str, Any]) -> Inspection:
         "score_min": float(scores.score.min()),
         "subtasks": list(first.get("subtasks") or {}),
     }
+    manifest = read_manifest(path, len(scores.row), SILENT) or {}
+    if "length_correlation" in manifest:
+        facts["length_correlation"] = manifest["length_correlation"]
     if scores.dataset is not None:
         facts["datasets"] = {name: scores.dataset.count(name) for name in dict.fromkeys(scores.dataset)}
     return Inspection("scores", str(path), facts)

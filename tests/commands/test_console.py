@@ -10,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console as RichConsole
 
 from dataflex.commands import console as printed
 from dataflex.commands.console import Console, left_of, rate_of
+from dataflex.commands.summaries import histogram
 from dataflex.config import choices_of
 
 
@@ -86,6 +88,23 @@ def test_a_shell_is_offered_the_rest_of_a_word(typed: str, offered: str, bench: 
     command = [str(Path(sys.executable).parent / "dataflex")]
     done = subprocess.run(command, env={**os.environ, **words}, capture_output=True, text=True, cwd=bench)
     assert done.stdout.split() == offered.split()
+
+
+def test_a_small_histogram() -> None:
+    edges = np.array([0.0, 1.0, 2.0, 3.0])
+    assert histogram(np.array([0.5] * 16 + [1.5] * 8 + [2.5]), edges) == "█▄▁"
+    assert histogram(np.array([2.5]), edges) == "  █"
+
+
+def test_scores_are_shown_by_dataset_with_the_best_rows(bench: Path, cli) -> None:
+    said = cli("inspect", "scores.jsonl").stderr
+    taken = cli("select", "run.yaml", "--scores", "scores.jsonl", "--count", 3, "-o", "three.jsonl").stderr
+    for text in (said, taken):
+        assert re.search(r"alpaca +6 ", text) and re.search(r"identity +6 ", text) and re.search(r"[▁-█]", text)
+    picked = [json.loads(line)["dataflex"]["row"] for line in (bench / "three.jsonl").read_text().splitlines()]
+    shown = re.findall(r"^ +(\d+) +(?:alpaca|identity)", taken[taken.index("the best rows") :], flags=re.MULTILINE)
+    assert [int(row) for row in shown] == picked
+    assert "selected 3 of 12 rows" in taken
 
 
 def test_the_programs_help_fits_a_screen(run_cli) -> None:

@@ -1,0 +1,42 @@
+"""What `score`, `select` and `inspect` print of scores: their spread by dataset, and the best rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dataflex.commands.console import Console
+
+if TYPE_CHECKING:
+    from dataflex.influence.scores import Scores
+
+BARS = " ▁▂▃▄▅▆▇█"
+MOST_SHOWN = 5
+
+
+def show_scores(console: Console, title: str, scores: Scores, chosen: Sequence[int] | None = None) -> None:
+    """A line a dataset: rows, how many are `chosen`, lowest, median and best score, and a histogram from the lowest to
+    the best score of all rows; then the best rows."""
+    from dataflex.influence.scores import ranking
+
+    names = np.array(scores.dataset or ["rows"] * len(scores.row), dtype=object)
+    edges = np.histogram_bin_edges(scores.score, 16)
+    table = []
+    for name in dict.fromkeys(names.tolist()):
+        own = scores.score[names == name]
+        picked = [int((names[list(chosen)] == name).sum())] if chosen is not None else []
+        low, middle, high = np.quantile(own, (0, 0.5, 1)).tolist()
+        table.append([name, len(own), *picked, low, middle, high, histogram(own, edges)])
+    counts = ["rows", "selected"] if chosen is not None else ["rows"]
+    console.table(title, ["dataset", *counts, "lowest", "median", "best", "from the lowest to the best score"], table)
+    best = ranking(scores.row, scores.score)[:MOST_SHOWN] if chosen is None else list(chosen)[:MOST_SHOWN]
+    rows: list[list[Any]] = [[int(scores.row[i]), names[i], float(scores.score[i])] for i in best]
+    console.table("the best rows", ["row", "dataset", "score"], rows)
+
+
+def histogram(values: np.ndarray, edges: np.ndarray) -> str:
+    """A bar a bin; a bin with any value has at least the lowest bar."""
+    counts = np.histogram(values, edges)[0]
+    return "".join(BARS[-(-int(count) * (len(BARS) - 1) // max(1, int(counts.max())))] for count in counts)

@@ -26,17 +26,17 @@ def show_plan(session: Session, command: str, *, launches: bool = False, nproc: 
     console = session.console
     with planned_processes(session.config, nproc) if launches else contextlib.nullcontext():
         found = plan(session.config, command, console)
-    set_keys = sorted(session.config.model_fields_set)
-    console.facts(f"{command}: what is set", {key: getattr(session.config, key) for key in set_keys})
+    for reason in found.unknown:
+        console.warning(f"not known: {reason}")
+    if found.sizes:
+        console.facts("cost, about", {_named(key): _size(key, value) for key, value in found.sizes.items()})
     if found.schedule:
         console.facts("schedule", {key.replace("_", " "): _text(value) for key, value in found.schedule.items()})
     if found.data:
         show_data(console, found.data)
-    if found.sizes:
-        console.facts("sizes, about", {_named(key): _size(key, value) for key, value in found.sizes.items()})
-    for reason in found.unknown:
-        console.warning(f"not known: {reason}")
-    console.say("dry run: nothing was written")
+    set_keys = sorted(session.config.model_fields_set)
+    console.facts(f"{command}: what is set", {key: getattr(session.config, key) for key in set_keys})
+    console.say(f"dry run: {command} is ready; nothing was written")
     console.result([_in_words(command, found.schedule)], {"command": command, "dry_run": True, **asdict(found)})
 
 
@@ -83,8 +83,12 @@ def _in_words(command: str, schedule: dict[str, Any]) -> str:
     parts = [command]
     if "steps" in schedule:
         parts.append(f"{schedule['steps']} steps of {schedule['rows_per_step']} rows")
+    if "rounds" in schedule:
+        rounds = f"{schedule['rounds']:g} round{'' if schedule['rounds'] == 1 else 's'}"
+        parts[-1] += f" in {rounds} of {schedule['steps_per_round']}"
     if "selections" in schedule:
-        parts.append(f"selections of {schedule['rows_per_selection']} rows at {_text(schedule['selections'])}")
+        made = f"{len(schedule['selections'])} selections of {schedule['rows_per_selection']} rows"
+        parts.append(f"{made} at steps {_text(schedule['selections'])}")
     return ": ".join([parts[0], ", ".join(parts[1:])]) if parts[1:] else f"{command}: ready to run"
 
 

@@ -109,6 +109,8 @@ def prepare_dynamic(config: RunConfig, plan: Plan, progress: Progress = SILENT) 
     schedule = dynamic_schedule(config)
     plan.schedule = {
         "steps": schedule.total_steps,
+        "rounds": config.num_train_epochs,
+        "steps_per_round": schedule.round_steps,
         "rows_per_step": schedule.rows_per_step,
         "warmup_steps": min(schedule.warmup_step, schedule.total_steps),
         "selections": schedule.selection_steps,

@@ -81,6 +81,8 @@ def test_a_dry_run_says_what_would_happen(bench: Path, cli):
     found = json.loads(cli(*RUNS["dynamic"].split(), "--dry-run", "--json").stdout)
     assert found["schedule"] == {
         "steps": 6,
+        "rounds": 1.0,
+        "steps_per_round": 6,
         "rows_per_step": 2,
         "warmup_steps": 4,
         "selections": [4],

@@ -28,7 +28,7 @@ from dataflex.json_text import json_of_figures
 from dataflex.masking import masked
 from dataflex.model import compute_dtype, load_adapter, load_frozen_model, on_device
 from dataflex.needs import check_needs, on_held_out
-from dataflex.origin import origin
+from dataflex.origin import Origin, origin
 from dataflex.outline import outline
 from dataflex.planning import Plan, read_rows
 from dataflex.progress import SILENT, Interrupted, Progress
@@ -59,9 +59,10 @@ def evaluate(config: RunConfig, progress: Progress = SILENT) -> Path:
     the output; its numbers are those of an uninterrupted one.
     """
     ready = prepare_evaluate(config, Plan("eval"), progress)
-    known = _measure(ready, progress)
+    came_from = _origin_of(ready, progress)
+    known = _measure(ready, came_from, progress)
     if processes.rank() == 0:
-        _write(ready, known)
+        _write(ready, came_from, known)
         log_path(ready.path).unlink()
     processes.barrier()
     return ready.path
@@ -104,18 +105,22 @@ def _refuse_seen_rows(config: RunConfig, plan: Plan, progress: Progress, held_ou
         refuse_overlaps(held_out.examples, split.examples, what, progress)
 
 
-def _start_log(ready: Evaluation, progress: Progress) -> tuple[int, dict[int, dict[str, Any]]]:
-    """The token budget, and what is known of each row already; the same in every process."""
+def _origin_of(ready: Evaluation, progress: Progress) -> Origin:
+    """What the figures come from."""
     config, split = ready.config, ready.split
     base_model, base_facts = base_model_fingerprint(config, progress)
     adapter = adapter_fingerprint(config.resumed_adapter) if config.resumed_adapter else None
-    came_from = origin(
+    return origin(
         config,
         "eval",
         {"held-out data": split.fingerprint, "base_model": base_model, "adapter": adapter},
         {"held-out data": split.facts, "base_model": base_facts},
     )
-    taken = None
+
+
+def _start_log(ready: Evaluation, came_from: Origin) -> tuple[int, dict[int, dict[str, Any]]]:
+    """The token budget, and what is known of each row already; the same in every process."""
+    config, taken = ready.config, None
     if processes.rank() == 0:
         taken = take_up(log_path(ready.path), came_from, ready.capture.token_budget, config.overwrite)
     budget, known = needed(processes.broadcast(taken))
@@ -151,10 +156,10 @@ def _take(
         raise
 
 
-def _measure(ready: Evaluation, progress: Progress) -> dict[int, dict[str, Any]]:
+def _measure(ready: Evaluation, came_from: Origin, progress: Progress) -> dict[int, dict[str, Any]]:
     """The loss of each row and the text that the model generates, by index, on the first process."""
     capture, examples, tokens = ready.capture, ready.split.examples, ready.config.max_new_tokens
-    budget, known = _start_log(ready, progress)
+    budget, known = _start_log(ready, came_from)
     batches = batches_of_budget(capture, examples, budget)
     _take(ready, "loss", examples, batches, losses_of(capture), float, known, progress)
     if not tokens:
@@ -172,7 +177,7 @@ def _text(ready: Evaluation, tokens: Sequence[int] | np.ndarray) -> str:
     return str(ready.tokenizer.decode(kept, skip_special_tokens=True))
 
 
-def _write(ready: Evaluation, known: dict[int, dict[str, Any]]) -> None:
+def _write(ready: Evaluation, came_from: Origin, known: dict[int, dict[str, Any]]) -> None:
     config, split = ready.config, ready.split
     tokens = supervised_tokens(split.examples)
     loss = np.array([known[index]["loss"] for index in range(len(split.examples))])
@@ -198,6 +203,7 @@ def _write(ready: Evaluation, known: dict[int, dict[str, Any]]) -> None:
         **figures_of(loss, tokens, shares),
         "datasets": by_name(datasets, loss, tokens, shares),
         "subtasks": by_name(subtasks, loss, tokens, shares),
+        "fingerprints": dict(came_from.content),
     }
     if config.rows is not None:
         write_text(config.rows, "".join(json_of_figures(line) + "\n" for line in lines))

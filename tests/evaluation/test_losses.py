@@ -63,6 +63,8 @@ def test_losses_are_those_of_rows_alone_in_float64(
     for name in ("alpaca_en_demo", "identity"):
         part = [loss for loss, row in zip(expected, rows, strict=True) if row["dataset"] == name]
         assert found["datasets"][name]["loss"] == pytest.approx(np.mean(part), rel=1e-5)
+    assert found["fingerprints"].keys() == {"held-out data", "base_model", "adapter"}
+    assert (found["fingerprints"]["adapter"] is None) is not adapted
     assert not (tmp_path / "eval.json.partial").exists()
 
 

@@ -30,7 +30,7 @@ def _figure(height: float = HEIGHT) -> tuple[Figure, Axes]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.size": 9}):
+    with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -52,7 +52,7 @@ def _as_svg(figure: Figure, title: str) -> str:
             for text in legend.get_texts():
                 text.set_color(INK)
     handle = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False}):
         figure.savefig(handle, format="svg", transparent=True, metadata={"Date": None})
     svg = handle.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -35,9 +35,9 @@ def config(tiny_run: dict, data_dir: Path, tmp_path_factory: pytest.TempPathFact
     for record in records:
         record["instruction"] = f"{SCRIPT} {record['instruction']}"
     (folder / "rows.json").write_text(json.dumps(records))
-    entries = {"a<b>&": {"file_name": "rows.json"}, "identity": {"file_name": str(data_dir / "identity.json")}}
+    entries = {"a<b>&$ ^{$": {"file_name": "rows.json"}, "identity": {"file_name": str(data_dir / "identity.json")}}
     (folder / "dataset_info.json").write_text(json.dumps(entries))
-    return dataflex.load_config(options={**tiny_run, "dataset": "a<b>&,identity", "dataset_dir": str(folder)})
+    return dataflex.load_config(options={**tiny_run, "dataset": "a<b>&$ ^{$,identity", "dataset_dir": str(folder)})
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_the_page_is_one_whole_file_that_runs_nothing(run: Path) -> None:
     assert structure.tags.count("svg") == 4 and structure.tags.count("details") == 21
     assert "script" not in structure.tags and "img" not in structure.tags and "link" not in structure.tags
     assert not re.search(r'(src|href)="(?!#)', page)
-    assert "&lt;script&gt;document.title" in page and "a&lt;b&gt;&amp;" in page
+    assert "&lt;script&gt;document.title" in page and "a&lt;b&gt;&amp;$ ^{$" in page
     assert "prefers-color-scheme: dark" in page and "@media print" in page
 
 
@@ -164,7 +164,7 @@ def test_a_score_file_and_its_data_make_a_page(config: RunConfig, tmp_path: Path
     dataflex.score(config.changed(component_name="length", selector="length", output=str(scores)))
     with pytest.raises(UsageError, match="needs data"):
         dataflex.report(dataflex.load_config(), scores)
-    done = run_cli("report", scores, "--data", "a<b>&,identity", f"dataset_dir={config.dataset_dir}", "--json")
+    done = run_cli("report", scores, "--data", "a<b>&$ ^{$,identity", f"dataset_dir={config.dataset_dir}", "--json")
     page = tmp_path / "scores.report.html"
     assert json.loads(done.stdout)["written"] == [str(page), str(page.with_suffix(".json"))]
     facts = json.loads(page.with_suffix(".json").read_text())

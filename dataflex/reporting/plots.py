@@ -30,7 +30,7 @@ def _figure(height: float = HEIGHT) -> tuple[Figure, Axes]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.size": 9, "text.parse_math": False}):
+    with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -52,7 +52,7 @@ def _as_svg(figure: Figure, title: str) -> str:
             for text in legend.get_texts():
                 text.set_color(INK)
     handle = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "text.parse_math": False}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(handle, format="svg", transparent=True, metadata={"Date": None})
     svg = handle.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -65,6 +65,11 @@ def _as_svg(figure: Figure, title: str) -> str:
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     return svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+
+
+def _plain(text: str) -> str:
+    """`text` as matplotlib writes it out: a pair of dollar signs would make it mathematics."""
+    return text.replace("$", r"\$")
 
 
 def loss_curve(facts: Mapping[str, Any]) -> str:
@@ -92,7 +97,7 @@ def score_histogram(made: Mapping[str, Any]) -> str:
     figure, axes = _figure()
     edges = np.array(made["histogram"]["edges"])
     for number, (name, counts) in enumerate(made["histogram"]["datasets"].items()):
-        axes.stairs(counts, edges, color=SERIES[number], fill=False, linewidth=1.4, label=name)
+        axes.stairs(counts, edges, color=SERIES[number], fill=False, linewidth=1.4, label=_plain(name))
     axes.set(xlabel="score", ylabel="rows")
     axes.legend(frameon=False, fontsize=8)
     return _as_svg(figure, "histogram of the scores by dataset")
@@ -105,11 +110,13 @@ def picked_shares(picked: Sequence[Mapping[str, int]], labels: Sequence[str], wh
     bottom = np.zeros(len(picked))
     for number, name in enumerate(names[: len(SERIES)]):
         shares = np.array([one.get(name, 0) / max(1, sum(one.values())) for one in picked])
-        axes.bar(range(len(picked)), shares, bottom=bottom, color=SERIES[number], label=name, width=0.8)
+        axes.bar(range(len(picked)), shares, bottom=bottom, color=SERIES[number], label=_plain(name), width=0.8)
         bottom += shares
     every = max(1, -(-len(labels) // MOST_TICKS))
     axes.set_xticks(
-        range(0, len(labels), every), list(labels)[::every], rotation=0 if sum(map(len, labels)) < WIDEST else 60
+        range(0, len(labels), every),
+        [_plain(label) for label in labels[::every]],
+        rotation=0 if sum(map(len, labels)) < WIDEST else 60,
     )
     axes.set(xlabel=what, ylabel="share of rows", ylim=(0, 1))
     figure.legend(
@@ -146,7 +153,7 @@ def seconds_by_phase(seconds: Mapping[str, float]) -> str:
     figure, axes = _figure(0.6 + 0.28 * len(seconds))
     names = list(seconds)
     axes.barh(range(len(names)), [seconds[name] for name in names], color=SERIES[0], height=0.6)
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [_plain(name) for name in names])
     axes.invert_yaxis()
     axes.set(xlabel="seconds")
     return _as_svg(figure, "seconds by phase")
@@ -162,7 +169,7 @@ def differences(summary: Sequence[Mapping[str, Any]]) -> str:
         axes.plot([one["low"], one["high"]], [place, place], color=colour, linewidth=2)
         axes.plot([one["difference"]], [place], color=colour, marker="o", markersize=6)
     axes.axvline(0, color=FAINT, linewidth=1)
-    axes.set_yticks(range(len(shown)), [one["arm"] for one in shown])
+    axes.set_yticks(range(len(shown)), [_plain(one["arm"]) for one in shown])
     axes.invert_yaxis()
     axes.set(xlabel="held-out loss against random rows (left is better)")
     return _as_svg(figure, "held-out loss of each arm against random rows")
@@ -176,7 +183,7 @@ def budget_curve(summary: Sequence[Mapping[str, Any]]) -> str:
         own = sorted((one["budget"], one["loss"]) for one in summary if one["arm"] == arm)
         style = ":" if arm in ("untouched", "all") else "-"
         colour = INK if arm == "random" else SERIES[number % len(SERIES)]
-        axes.plot(*zip(*own, strict=True), color=colour, linestyle=style, marker="o", markersize=4, label=arm)
+        axes.plot(*zip(*own, strict=True), color=colour, linestyle=style, marker="o", markersize=4, label=_plain(arm))
     axes.set(xlabel="budget, share of the rows", ylabel="held-out loss", xscale="log")
     axes.legend(frameon=False, fontsize=8)
     return _as_svg(figure, "held-out loss over the budget")
@@ -187,7 +194,7 @@ def decile_curve(deciles: Mapping[str, Mapping[str, Any]]) -> str:
     figure, axes = _figure()
     for number, (name, test) in enumerate(deciles.items()):
         colour = INK if name == "random" else SERIES[number % len(SERIES)]
-        axes.plot(range(1, 11), test["loss"], color=colour, marker="o", markersize=4, label=name)
+        axes.plot(range(1, 11), test["loss"], color=colour, marker="o", markersize=4, label=_plain(name))
     axes.set(xlabel="tenth of the ranking, best first", ylabel="held-out loss")
     axes.legend(frameon=False, fontsize=8)
     return _as_svg(figure, "held-out loss by tenth of the ranking")

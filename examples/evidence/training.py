@@ -137,7 +137,7 @@ def compare(root: Path, seeds: list[int], by: str) -> None:
     closed: dict[str, list[float]] = {}
     for target, by_seed in of_target.items():
         losses = {arm: np.stack([found[arm] for found in by_seed]) for arm in by_seed[0]}
-        gap = losses["random"].mean() - losses[ORACLE].mean()
+        to_oracle = paired_difference(losses[ORACLE], losses["random"])
         print(f"\n{target}, by {by}, {len(seeds)} seeds: random {losses['random'].mean():.4f}\n")
         print("| arm | loss | against random | 95% interval | seeds below random | of the gap to oracle |")
         print("|---|---|---|---|---|---|")
@@ -146,12 +146,14 @@ def compare(root: Path, seeds: list[int], by: str) -> None:
                 continue
             found = paired_difference(own, losses["random"])
             wins = int((own.mean(axis=1) < losses["random"].mean(axis=1)).sum())
-            share = -found["difference"] / gap
-            closed.setdefault(arm, []).append(share)
+            share = "none there"
+            if to_oracle["high"] < 0:  # a gap that is not told apart from 0 has no share
+                closed.setdefault(arm, []).append(found["difference"] / to_oracle["difference"])
+                share = f"{closed[arm][-1]:.0%}"
             interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
             cells = [f"{own.mean():.4f}", f"{found['difference']:+.4f}", interval, f"{wins} of {len(seeds)}"]
-            print(f"| {arm.partition(':')[0]} | {' | '.join(cells)} | {share:.0%} |", flush=True)
-    print("\n| arm | of the gap, mean over targets |\n|---|---|")
+            print(f"| {arm.partition(':')[0]} | {' | '.join(cells)} | {share} |", flush=True)
+    print("\n| arm | of the gap, mean over targets that have one |\n|---|---|")
     for arm, shares in closed.items():
         print(f"| {arm.partition(':')[0]} | {np.mean(shares):.0%} |")
 

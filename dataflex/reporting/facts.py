@@ -43,7 +43,8 @@ def facts_of_run(folder: Path, progress: Progress) -> dict[str, Any]:
                 "pool_tokens": float(tokens.mean()),
             }
         )
-    log = list(read_jsonl(folder / "trainer_log.jsonl", "log"))
+    path = folder / "trainer_log.jsonl"
+    log = list(read_jsonl(path, "log")) if path.exists() else []  # a run shorter than logging_steps logs nothing
     found: dict[str, Any] = {
         "command": "dynamic",
         "name": str(folder),

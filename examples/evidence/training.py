@@ -20,6 +20,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,11 +59,20 @@ def write_data(folder: Path, seed: int) -> None:
         held_out = records[:HELD_OUT] if kind in TARGETS else []
         others = records[len(held_out) :]
         random.Random(f"{seed} {kind}").shuffle(others)
+        seen = {opening_of(record) for record in held_out}  # some rows differ only further on
+        others = [record for record in others if opening_of(record) not in seen]
         parts = {"held": held_out, "pool": others[:POOL], "target": others[POOL : POOL + TARGET]}
         for part, rows in parts.items():
             info[f"{part}_{kind}"] = {**source[name], "file_name": f"{part}_{kind}.json"}
             (folder / f"{part}_{kind}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+
+
+def opening_of(record: dict[str, Any]) -> tuple[str, ...]:
+    """The first question of a record and its answer."""
+    if "conversations" in record:
+        return tuple(str(turn["value"]) for turn in record["conversations"][:2])
+    return record["instruction"], record.get("input", ""), record["output"]
 
 
 def configure(folder: Path, target: str, seed: int, rate: float, **changes: object) -> RunConfig:

@@ -199,6 +199,15 @@ def test_a_run_killed_before_its_page_gets_it_when_run_again(config: RunConfig, 
     assert again == before
 
 
+def test_a_run_that_logged_nothing_has_a_page(config: RunConfig, tmp_path: Path) -> None:
+    """Shorter than logging_steps, and without a selection."""
+    short = config.changed(output_dir=str(tmp_path / "out"), logging_steps=100, max_steps=2)
+    folder = dataflex.dynamic(short)
+    assert not (folder / "trainer_log.jsonl").exists()
+    assert json.loads((folder / "report.json").read_text())["loss"] == []
+    assert _Structure((folder / "report.html").read_text()).open == []
+
+
 def test_what_has_no_page_is_refused(config: RunConfig, tmp_path: Path) -> None:
     for target, said in ((tmp_path / "gone", "no such file or folder"), (tmp_path, "no run.json")):
         with pytest.raises(UsageError, match=said):

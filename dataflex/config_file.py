@@ -212,8 +212,13 @@ def _locate(value: Any, folder: Path) -> Any:
     return value
 
 
-def _component(values: dict[str, Any], problems: list[str]) -> tuple[dict[str, Any], list[str]]:
-    """What `component_name` stands for under RunConfig's keys, and its parameters without effect here."""
+def _component(
+    values: dict[str, Any], problems: list[str], or_packaged: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """What `component_name` stands for under RunConfig's keys, and its parameters without effect here.
+
+    `or_packaged`: a name that the components file does not have may be that of a packaged component.
+    """
     name = values.get("component_name", "less")
     path = values.get("components_cfg_file")
     if not isinstance(name, str) or not isinstance(path, str | None):
@@ -229,7 +234,7 @@ def _component(values: dict[str, Any], problems: list[str]) -> tuple[dict[str, A
             return {}, []
         if isinstance(components.get("selectors"), dict):
             components = components["selectors"]
-        if name not in components and name in selectors.packaged_components():
+        if or_packaged and name not in components and name in selectors.packaged_components():
             components = selectors.packaged_components()
     if name not in components and (path is None or ":" in name):
         return _selector(name, "key 'component_name'", problems), []
@@ -263,7 +268,7 @@ def with_component(config: RunConfig, name: str) -> RunConfig:
     own, _ = _component(values, problems)
     kept = {key: value for key, value in values.items() if key not in own or own[key] != value}
     kept.pop("selector", None)
-    params, _ = _component({**kept, "component_name": name}, problems)
+    params, _ = _component({**kept, "component_name": name}, problems, or_packaged=True)
     _expand_paths(params, problems)
     if problems:
         raise UsageError(problems[-1].replace("key 'component_name'", "key 'selectors'"))

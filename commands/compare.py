@@ -77,6 +77,7 @@ def _show(console: Console, found: dict[str, Any]) -> None:
     ]
     title = f"loss on {found['held_out']['rows']} held-out rows, {len(found['seeds'])} seeds, budget by {found['by']}"
     console.table(title, ["budget", "arm", "loss", "against random", "95% interval", ""], rows)
+    console.say(found["verdict"])
     for name, test in found.get("deciles", {}).items():
         console.facts(
             f"tenths of the ranking by {name}, best first",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from dataflex.commands import session as s
 from dataflex.commands.planned import show_plan
 from dataflex.commands.summaries import show_scores
-from dataflex.config import help_of
+from dataflex.config import help_of, needed
 
 EXAMPLE = "Example: dataflex select --scores saves/scores.jsonl --data alpaca_en_demo --top 0.05 -o saves/subset.jsonl"
 
@@ -37,14 +38,10 @@ def select(
     with s.session(arguments, options, as_json=as_json, quiet=quiet, command="select") as session:
         if dry_run:
             return show_plan(session, "select")
-        import dataflex
-        from dataflex.config import needed
-        from dataflex.influence.scores import read_scores
-        from dataflex.influence.selection import choose
+        from dataflex.influence.selection import write_subset
 
-        path = dataflex.select(session.config, session.console)
-        config, scored = session.config, read_scores(needed(session.config.scores))
-        chosen = choose(scored, top=config.top, count=config.count, threshold=config.threshold)
-        show_scores(session.console, f"selected {len(chosen)} of {len(scored.row)} rows", scored, chosen.tolist())
+        subset, path = write_subset(session.config, session.console), Path(needed(session.config.output))
+        chosen, scored = subset.chosen.tolist(), subset.scores
+        show_scores(session.console, f"selected {len(chosen)} of {len(scored.row)} rows", scored, chosen)
         session.next("train", s.CONFIG, "--dataset", path, "output_dir=saves/selected")
         session.console.result([path], {"command": "select", "output": str(path), "rows": len(chosen)})

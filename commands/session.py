@@ -20,7 +20,7 @@ from dataflex import environment
 from dataflex.commands import completion
 from dataflex.commands.console import Console
 from dataflex.commands.signals import stoppable
-from dataflex.config import RunConfig, choices_of, default_of, help_of
+from dataflex.config import RunConfig, choices_of, default_of, help_of, needed_keys
 from dataflex.distribution import namesake_notice
 from dataflex.errors import DataflexError
 from dataflex.progress import Interrupted
@@ -153,7 +153,9 @@ def session(
                 check_needs(config, command)
             if not alone:
                 _start_processes(config, nproc, console)
-            if console.err.is_terminal and config.model_name_or_path:  # the imports take seconds, a large model minutes
+            if (
+                console.err.is_terminal and command is not None and "model_name_or_path" in needed_keys(command)
+            ):  # the imports take seconds, a large model minutes
                 console.say(f"loading torch and transformers, then {config.model_name_or_path}")
             if notice := namesake_notice():  # after a launcher's part of the command, so that it is said once
                 console.warning(notice)

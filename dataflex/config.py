@@ -632,18 +632,21 @@ def needed(value: T | None) -> T:
     return value
 
 
-def save_config(config: RunConfig, path: Path) -> None:
-    """Write `config` as a YAML that `load_config` reads back; atomic.
+def save_config(config: RunConfig, path: Path, resolved: bool = True) -> None:
+    """Write `config` as a YAML that `load_config` reads back; atomic. Secrets are left out.
 
-    The selector's parameters are resolved already, so the components file is left out; so are secrets.
+    Args:
+        resolved: the selector's parameters are written as they are and the components file is left out. False where
+            several components are to be looked up: parameters that nobody set stay theirs to set.
     """
     import yaml
 
     from dataflex.files import write_text
     from dataflex.masking import masked
 
-    values = config.model_dump(exclude_none=True, exclude={"components_cfg_file", "component_name"})
+    left_out = {"components_cfg_file", "component_name"} if resolved else {*COMPONENT_KEYS} - config.model_fields_set
+    values = config.model_dump(exclude_none=True, exclude=left_out)
     values.update(values.pop("training_arguments"))
-    if config.proj_dim is None:
+    if config.proj_dim is None and "proj_dim" not in left_out:
         values["proj_dim"] = None  # null means exact scores; leaving it out would mean the default
     write_text(path, yaml.safe_dump(masked(values), sort_keys=False, allow_unicode=True))

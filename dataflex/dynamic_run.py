@@ -6,7 +6,7 @@ The selection is the same code as `grads` and `score`, on the live model and its
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from dataflex import processes
 from dataflex.config import RunConfig, needed
 from dataflex.data.examples import Split
-from dataflex.data.rows import dataset_columns, row_numbers, supervised_tokens
+from dataflex.data.rows import count_by_dataset, row_numbers, supervised_tokens
 from dataflex.errors import UsageError
 from dataflex.files import check_room, read_jsonl, write_jsonl
 from dataflex.gradients.capture import Capture, make_capture
@@ -78,7 +78,7 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
             list(selections.made),
             rows_per_step=schedule.rows_per_step,
             rows=len(run.train.examples),
-            pool=count_by_dataset(run.train, range(len(run.train.examples))),
+            pool=count_by_dataset(run.train.examples, range(len(run.train.examples))),
             selections=selections.facts(),
             eval_rows=len(needed(run.validation).examples),
             eval_loss={**record.facts["eval_loss"], "after": loss_after},
@@ -154,14 +154,6 @@ def check_selection_size(schedule: Schedule, train: Split, prefiltered: float | 
         )
 
 
-def count_by_dataset(split: Split, indices: Iterable[int]) -> dict[str, int]:
-    """How many of `indices` come from each dataset, in the order the datasets were named."""
-    names, source = dataset_columns(split.examples)
-    chosen = np.bincount(source[np.fromiter(indices, dtype=np.int64)], minlength=len(names))
-    present = np.bincount(source, minlength=len(names))
-    return {name: int(count) for name, count, there in zip(names, chosen, present, strict=True) if there}
-
-
 @dataclass
 class _Selections:
     """The selections of a run: `prepare` makes those that are due, `rows_of` reads them."""
@@ -193,7 +185,7 @@ class _Selections:
             {
                 "step": step,
                 "rows": len(chosen),
-                "picked": count_by_dataset(self.run.train, chosen),
+                "picked": count_by_dataset(self.run.train.examples, chosen),
                 "length_correlation": self._length_correlation(step),
             }
             for step, chosen in self.made.items()
@@ -274,7 +266,7 @@ class _Selections:
             write_jsonl(self.folder / "selections" / f"step-{step}.jsonl", score_records(scores, best))
             if config.cache_dir is None:
                 shutil.rmtree(self.folder / "gradients", ignore_errors=True)
-        picked = count_by_dataset(run.train, best)
+        picked = count_by_dataset(run.train.examples, best)
         shares = ", ".join(f"{count} {name}" for name, count in picked.items())
         correlation = length_correlation(scores.score, supervised_tokens(run.train.examples))
         likes = "" if correlation is None else f"; correlation of score and length {correlation:+.2f}"

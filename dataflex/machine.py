@@ -29,13 +29,13 @@ def machine() -> dict[str, Any]:
         }
         for index in range(torch.cuda.device_count())
     ]
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "platform": platform.platform(),
         "device": device_name(),
         "cores": cores,
-        "memory_gib": round(pages / GIB, 1),
+        "memory_gib": round(memory / GIB, 1),
         "disk_free_gib": round(shutil.disk_usage(Path.cwd()).free / GIB, 1),
         "gpus": gpus,
         "cuda": torch.version.cuda,

@@ -70,6 +70,7 @@ def _check_warmup(config: RunConfig) -> None:
 def _check_dynamic(config: RunConfig) -> None:
     require(config, "dynamic")
     check_precision(config)
+    check_selector(config)
     dynamic_schedule(config)
     _check_training(config)
     check_rows(config, "eval")
@@ -104,6 +105,8 @@ def _check_score(config: RunConfig) -> None:
         return
     if config.train_stores or config.eval_stores:
         raise UsageError("exact scores need no stores; give either --exact with --checkpoint, or --train and --eval")
+    if how == "selector":
+        check_selector(config)
     less = how == "exact" or "less" in parts_of(config.selector)
     what = "score --exact" if how == "exact" else f"score --selector {config.selector}"
     require(config, what, "model_name_or_path", "dataset", *(["checkpoint"] if less else []))
@@ -174,7 +177,13 @@ def _check_compare(config: RunConfig) -> None:
     if config.deepspeed is not None:
         read_deepspeed(config.deepspeed)
     for name in config.selectors:
-        with_component(config, name)
+        own = with_component(config, name)
+        check_selector(own)
+        if "less" in parts_of(own.selector):
+            check_precision(own)
+            for path in own.checkpoint or []:
+                for gradient_type in (own.gradient_type, own.eval_gradient_type):
+                    check_checkpoint(path, gradient_type)
     check_rows(config, "train")
     check_rows(config, "eval")
     check_rows(on_held_out(config), "eval")
@@ -212,6 +221,12 @@ CHECKS: dict[str, Callable[[RunConfig], None]] = {
     "compare": _check_compare,
 }
 """By command."""
+
+
+def check_selector(config: RunConfig) -> None:
+    """Raise a UsageError where a selector lacks the model that it embeds with."""
+    if "embed" in (*parts_of(config.selector), config.prefilter) and config.embed_model is None:
+        raise UsageError("selector 'embed' needs embed_model: the folder or hub id of a sentence-embedding model")
 
 
 def check_precision(config: RunConfig) -> None:

@@ -182,7 +182,7 @@ def open_record(config: RunConfig, came_from: Origin, remains: Sequence[str] = R
                 for pattern in remains:
                     for path in folder.glob(pattern):
                         shutil.rmtree(path) if path.is_dir() else path.unlink()
-                save_config(config, folder / CONFIG_NAME)
+                save_config(config, folder / CONFIG_NAME, resolved=came_from.command != "compare")
             record.note(
                 versions=versions(),
                 device=device_name(),

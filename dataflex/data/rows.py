@@ -211,6 +211,14 @@ def dataset_columns(examples: Sequence[Example]) -> tuple[list[str], np.ndarray]
     return names, np.array([names.index(example.dataset) for example in examples], dtype=np.int64)
 
 
+def count_by_dataset(examples: Sequence[Example], indices: Iterable[int]) -> dict[str, int]:
+    """How many of the rows at `indices` come from each dataset that has a row, in the order the datasets were named."""
+    names, source = dataset_columns(examples)
+    chosen = np.bincount(source[np.fromiter(indices, dtype=np.int64)], minlength=len(names))
+    present = np.bincount(source, minlength=len(names))
+    return {name: int(count) for name, count, there in zip(names, chosen, present, strict=True) if there}
+
+
 def subtasks_of(examples: Sequence[Example]) -> list[str | None]:
     """[N] the subtask of each row."""
     return examples.subtasks() if isinstance(examples, Rows) else [example.subtask for example in examples]

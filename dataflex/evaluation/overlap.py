@@ -1,15 +1,16 @@
 """Held-out rows that stand in other data as well, word for word or nearly so.
 
 Rows are compared by their tokens. Two rows are near-duplicates where the sets of their SHINGLE tokens in a row have a
-Jaccard index of at least NEAR (Broder 1997, "On the resemblance and containment of documents"); shingles that more than
-half of the held-out rows have, such as a system text, are left out of both sets. The work is that of one reading of the
-other rows; nothing is kept of rows that share no shingle with a held-out one.
+Jaccard index of at least NEAR (Broder 1997, "On the resemblance and containment of documents"). Shingles that more than
+half of the held-out rows have, or more than MOST_HOLDERS of them, such as a system text, are left out of both sets: they
+tell no rows apart, and every other row that has one would be compared with all their holders. The other rows are read
+once.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from dataflex.progress import Progress
 
 SHINGLE = 5
 NEAR = 0.8
+MOST_HOLDERS = 20
 MOST_NAMED = 3
 
 
@@ -37,42 +39,53 @@ class Overlap:
 
 def find_overlaps(held_out: Sequence[Example], others: Sequence[Example], progress: Progress) -> list[Overlap]:
     """For each held-out row that has one, the most alike of the `others` at NEAR or above; the first of equals."""
-    wanted = _shingles(*_together(held_out))
-    names, common = np.unique(wanted[1], return_counts=True)
-    common = names[common > max(1, len(held_out) // 2)]
+    starts, tokens = _together(held_out)
+    wanted = _shingles(starts, tokens)
+    shingles, holders = np.unique(wanted[1], return_counts=True)
+    common = shingles[holders > max(1, min(len(held_out) // 2, MOST_HOLDERS))]
     wanted = _without(wanted, common)
-    sizes = np.bincount(wanted[0].astype(np.int64), minlength=len(held_out))
-    order = np.argsort(wanted[1], kind="stable")
-    owner, shingle = wanted[0][order].astype(np.int64), wanted[1][order]
     whole: dict[bytes, list[int]] = {}
-    for index, row in enumerate(_hashes_of_rows(*_together(held_out))):
+    for index, row in enumerate(_hashes_of_rows(starts, tokens)):
         whole.setdefault(row, []).append(index)
     best: dict[int, Overlap] = {}
+
+    def consider(index: int, other: int, likeness: float) -> None:
+        if index not in best or likeness > best[index].likeness:
+            best[index] = Overlap(index, other, likeness)
+
     position = 0
     with progress.task("looking for held-out rows", len(others), "rows") as task:
         for starts, tokens in iter_tokens(others):
-            count = len(starts) - 1
             for other, row in enumerate(_hashes_of_rows(starts, tokens), start=position):
                 for index in whole.get(row, []):
-                    if index not in best or best[index].likeness < 1:
-                        best[index] = Overlap(index, other, 1.0)
-            found = _without(_shingles(starts, tokens), common)
-            own_sizes = np.bincount(found[0].astype(np.int64), minlength=count)
-            first, last = (np.searchsorted(shingle, found[1], side) for side in ("left", "right"))
-            times = last - first
-            rows = np.repeat(found[0].astype(np.int64), times)
-            # the positions first … last − 1 of every found shingle, one after another
-            places = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times) + np.repeat(first, times)
-            pairs, shared = np.unique(owner[places] * count + rows, return_counts=True)
-            held, other_rows = np.divmod(pairs, count) if count else (pairs, pairs)
-            likeness = shared / (sizes[held] + own_sizes[other_rows] - shared)
-            for at in np.flatnonzero(likeness >= NEAR).tolist():
-                index = int(held[at])
-                if index not in best or likeness[at] > best[index].likeness:
-                    best[index] = Overlap(index, position + int(other_rows[at]), float(likeness[at]))
-            position += count
-            task.advance(count)
+                    consider(index, other, 1.0)
+            for index, other, likeness in _near_pairs(wanted, _without(_shingles(starts, tokens), common)):
+                consider(index, position + other, likeness)
+            position += len(starts) - 1
+            task.advance(len(starts) - 1)
     return [best[index] for index in sorted(best)]
+
+
+def _near_pairs(wanted: np.ndarray, found: np.ndarray) -> Iterator[tuple[int, int, float]]:
+    """The row in `wanted`, the row in `found` and the Jaccard index of every pair at NEAR or above.
+
+    Args:
+        wanted: [2, M] a row's index and a shingle's hash, as `_shingles` gives them.
+        found: [2, K] the same of the other rows.
+    """
+    rows, others = wanted[0].astype(np.int64), found[0].astype(np.int64)
+    sizes, other_sizes = np.bincount(rows), np.bincount(others)
+    order = np.argsort(wanted[1], kind="stable")
+    first, last = (np.searchsorted(wanted[1], found[1], side, sorter=order) for side in ("left", "right"))
+    times = last - first
+    # the places first … last − 1 of every found shingle, one after another
+    places = np.arange(times.sum()) - np.repeat(np.cumsum(times) - times, times) + np.repeat(first, times)
+    count = max(1, len(other_sizes))
+    pairs, shared = np.unique(rows[order][places] * count + np.repeat(others, times), return_counts=True)
+    held, other = np.divmod(pairs, count)
+    likeness = shared / (sizes[held] + other_sizes[other] - shared)
+    near = likeness >= NEAR
+    yield from zip(held[near].tolist(), other[near].tolist(), likeness[near].tolist(), strict=True)
 
 
 def refuse_overlaps(held_out: Sequence[Example], others: Sequence[Example], what: str, progress: Progress) -> None:

@@ -56,23 +56,29 @@ class Subset:
 
     lines: list[str]
     """A record each, best first."""
-    scores: np.ndarray
-    """Of the records."""
-    scored: int
-    """Rows that had a score."""
+    scores: Scores
+    """Of all rows that had a score."""
+    chosen: np.ndarray
+    """The indices of the records among `scores`."""
     came_from: dict[str, Any]
 
 
 def select(config: RunConfig, progress: Progress = SILENT) -> Path:
     """Write the best rows of `data`, as they stand in their source, into the subset `output`; return its path."""
+    write_subset(config, progress)
+    return Path(needed(config.output))
+
+
+def write_subset(config: RunConfig, progress: Progress = SILENT) -> Subset:
+    """`select`, for who wants to know what was selected."""
     subset = prepare_select(config, Plan("select"), progress)
     path, lines = Path(needed(config.output)), subset.lines
     write_with_manifest(path, lambda: write_text(path, "".join(lines)), len(lines), subset.came_from)
+    taken = subset.scores.score[subset.chosen]
     progress.say(
-        f"{len(lines)} of {subset.scored} scored rows selected, "
-        f"scores {subset.scores[-1]:.4g} to {subset.scores[0]:.4g}"
+        f"{len(lines)} of {len(subset.scores.row)} scored rows selected, scores {taken[-1]:.4g} to {taken[0]:.4g}"
     )
-    return path
+    return subset
 
 
 def prepare_select(config: RunConfig, plan: Plan, progress: Progress = SILENT) -> Subset:
@@ -108,4 +114,4 @@ def prepare_select(config: RunConfig, plan: Plan, progress: Progress = SILENT) -
         "files": files,
         "scores": manifest or {"sha256": sha256_of(needed(config.scores))},
     }
-    return Subset(list(json_lines(needed(config.output), records)), scores.score[chosen], len(scores.row), came_from)
+    return Subset(list(json_lines(needed(config.output), records)), scores, chosen, came_from)

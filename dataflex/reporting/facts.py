@@ -21,6 +21,8 @@ from dataflex.progress import Progress
 from dataflex.provenance import CONFIG_NAME, RunRecord, read_record
 from dataflex.reporting.scores import best_and_worst, figures_of_scores, rows_as_text
 
+NUMBERS = "report.json"
+
 
 def facts_of_run(folder: Path, progress: Progress) -> dict[str, Any]:
     """Of a finished run of `dynamic`: schedule, losses, every selection, rows as text, seconds, settings, origin."""
@@ -66,7 +68,8 @@ def facts_of_run(folder: Path, progress: Progress) -> dict[str, Any]:
     }
     if table is not None:
         scores, tokens = table
-        sources = sources_of_run(folder, settings)
+        config = load_config(folder / CONFIG_NAME)
+        sources = find_sources(needed(config.dataset), config.dataset_dir)
         best, worst = best_and_worst(scores)
         found["best"] = rows_as_text(scores, best, tokens, sources, progress)
         found["worst"] = rows_as_text(scores, worst, tokens, sources, progress)
@@ -76,7 +79,7 @@ def facts_of_run(folder: Path, progress: Progress) -> dict[str, Any]:
 def facts_of_comparison(folder: Path) -> dict[str, Any]:
     """The report.json of a comparison, with its settings and origin."""
     record = finished_record(folder)
-    path = folder / "report.json"
+    path = folder / NUMBERS
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -114,12 +117,6 @@ def finished_record(folder: Path) -> RunRecord:
     if not record.finished:
         raise UsageError(f"{folder}: the run is not finished; run its command again, and it goes on")
     return record
-
-
-def sources_of_run(folder: Path, settings: dict[str, Any]) -> list[Any]:
-    """The datasets that a run trained on, as its config.yaml names them."""
-    config = load_config(folder / CONFIG_NAME)
-    return find_sources(needed(config.dataset), config.dataset_dir)
 
 
 def _common(record: RunRecord, settings: dict[str, Any]) -> dict[str, Any]:

@@ -45,37 +45,6 @@ def page_of(facts: Mapping[str, Any]) -> str:
     return environment.get_template(TEMPLATE).render(parts)
 
 
-def verdict_of(facts: Mapping[str, Any], against: Mapping[str, Any] | None = None) -> str:
-    """One line: did it help?"""
-    if facts["command"] == "compare":
-        return _verdict_of_comparison(facts)
-    if against is None:
-        return ""
-    ours, theirs = facts["eval_loss"], against["eval_loss"]
-    mine, its = facts["selector"], against["selector"]
-    losses = f"{ours['after']:.4f} after {mine}, {theirs['after']:.4f} after {its}"
-    after = f"loss on the {ours['rows']} validation rows {losses}"
-    if ours["after"] == theirs["after"]:
-        return f"Neither won: {after}."
-    winner = mine if ours["after"] < theirs["after"] else its
-    return f"{winner} won: {after} ({ours['before']:.4f} before). One seed: `dataflex compare` tells luck apart."
-
-
-def _verdict_of_comparison(facts: Mapping[str, Any]) -> str:
-    lines = []
-    for budget in facts["budgets"]:
-        own = [one for one in facts["summary"] if one["budget"] == budget and "difference" in one]
-        rivals = [one for one in own if one["arm"] not in ("untouched", "all", "length")]
-        if not rivals:
-            continue
-        best = min(rivals, key=lambda one: one["difference"])
-        interval = f"{best['difference']:+.4f}, 95% interval {best['low']:+.4f} to {best['high']:+.4f}"
-        said = "beats random rows" if best["high"] < 0 else "is not told apart from random rows"
-        said = "loses to random rows" if best["low"] > 0 else said
-        lines.append(f"At a budget of {budget:g}, {best['arm']} does best and {said} ({interval}).")
-    return " ".join(lines)
-
-
 # --- what a page is made of ------------------------------------------------------------------------
 
 
@@ -203,7 +172,7 @@ def _of_comparison(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": f"comparison of {', '.join(facts['arms'])}",
         "subtitle": f"{facts['name']}, on {facts['device']}; {how}",
-        "verdict": _verdict_of_comparison(facts),
+        "verdict": facts["verdict"],
         "numbers": [
             (f"loss on {held_out['rows']} held-out rows, untouched", f"{facts['untouched']['loss']:.4f}"),
             ("rows in the pool", f"{facts['pool']['rows']:,}"),

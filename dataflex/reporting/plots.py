@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dataflex.reporting.scores import OTHERS
 from dataflex.training.plots import smooth
 
 if TYPE_CHECKING:
@@ -107,9 +108,15 @@ def picked_shares(picked: Sequence[Mapping[str, int]], labels: Sequence[str], wh
     """Stacked bars: the share of each dataset in the rows that were picked."""
     figure, axes = _figure()
     names = list(dict.fromkeys(name for one in picked for name in one))
+    if len(names) > len(SERIES):
+        rest = names[len(SERIES) - 1 :]
+        picked = [{**one, OTHERS: sum(one.get(name, 0) for name in rest)} for one in picked]
+        names = [*names[: len(SERIES) - 1], OTHERS]
     bottom = np.zeros(len(picked))
-    for number, name in enumerate(names[: len(SERIES)]):
-        shares = np.array([one.get(name, 0) / max(1, sum(one.values())) for one in picked])
+    for number, name in enumerate(names):
+        shares = np.array(
+            [one.get(name, 0) / max(1, sum(one[name] for name in one if name in names)) for one in picked]
+        )
         axes.bar(range(len(picked)), shares, bottom=bottom, color=SERIES[number], label=_plain(name), width=0.8)
         bottom += shares
     every = max(1, -(-len(labels) // MOST_TICKS))

@@ -10,9 +10,10 @@ from dataflex.errors import UsageError
 from dataflex.files import write_json, write_text
 from dataflex.progress import SILENT, Progress
 from dataflex.reporting.facts import facts_of_comparison, facts_of_run, facts_of_scores, finished_record
-from dataflex.reporting.page import page_of, verdict_of
+from dataflex.reporting.page import page_of
+from dataflex.reporting.verdicts import verdict_of_runs
 
-PAGE, NUMBERS = "report.html", "report.json"
+PAGE = "report.html"
 
 
 def report(
@@ -61,4 +62,4 @@ def _with_verdict(facts: dict[str, Any], against: Path, progress: Progress) -> d
         if facts["fingerprints"][what] != other["fingerprints"][what]:
             raise UsageError(f"{facts['name']} and {against} differ in {what}; their losses cannot be compared")
     kept = {key: other[key] for key in ("name", "selector", "eval_loss", "others", "seconds")}
-    return {**facts, "against": kept, "verdict": verdict_of(facts, other)}
+    return {**facts, "against": kept, "verdict": verdict_of_runs(facts, other)}

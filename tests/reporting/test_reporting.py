@@ -19,8 +19,9 @@ from dataflex.config import RunConfig
 from dataflex.errors import UsageError
 from dataflex.influence.score_table import read_score_table
 from dataflex.influence.scores import Scores
-from dataflex.reporting.page import page_of, verdict_of
+from dataflex.reporting.page import page_of
 from dataflex.reporting.scores import OTHERS, best_and_worst, figures_of_scores
+from dataflex.reporting.verdicts import verdict_of_comparison
 from dataflex.training.schedule import dynamic_schedule, scheduled_rows
 
 SCRIPT = "<script>document.title = 'run'</script><img src=x onerror=\"document.title='run'\">"
@@ -239,7 +240,7 @@ def comparison(arms: int) -> dict[str, Any]:
 @pytest.mark.parametrize("arms", [1, 12])
 def test_a_comparison_has_its_arms_with_intervals(arms: int) -> None:
     facts = comparison(arms)
-    page = page_of(facts)
+    page = page_of({**facts, "verdict": verdict_of_comparison(facts)})
     structure = _Structure(page)
     assert structure.open == [] and structure.tags.count("svg") == 7
     assert "-0.2000 to -0.0100" in page
@@ -248,7 +249,7 @@ def test_a_comparison_has_its_arms_with_intervals(arms: int) -> None:
     lost["summary"] = [
         {k: v for k, v in one.items() if one["arm"] != "random" or k not in ("low", "high")} for one in lost["summary"]
     ]
-    assert "loses to random rows" in verdict_of(lost)
+    assert "loses to random rows" in verdict_of_comparison(lost)
 
 
 def test_figures_of_a_hundred_thousand_rows_in_many_datasets() -> None:

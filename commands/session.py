@@ -153,9 +153,8 @@ def session(
                 check_needs(config, command)
             if not alone:
                 _start_processes(config, nproc, console)
-            if (
-                console.err.is_terminal and command is not None and "model_name_or_path" in needed_keys(command)
-            ):  # the imports take seconds, a large model minutes
+            loads = command is not None and "model_name_or_path" in needed_keys(command)
+            if console.err.is_terminal and loads:  # the imports take seconds, a large model minutes
                 console.say(f"loading torch and transformers, then {config.model_name_or_path}")
             if notice := namesake_notice():  # after a launcher's part of the command, so that it is said once
                 console.warning(notice)

@@ -2,9 +2,8 @@
 
 Rows are compared by their tokens. Two rows are near-duplicates where the sets of their SHINGLE tokens in a row have a
 Jaccard index of at least NEAR (Broder 1997, "On the resemblance and containment of documents"). Shingles that more than
-half of the held-out rows have, or more than MOST_HOLDERS of them, such as a system text, are left out of both sets: they
-tell no rows apart, and every other row that has one would be compared with all their holders. The other rows are read
-once.
+half of the held-out rows have, or more than MOST_HOLDERS of them, such as a system text, are left out of both sets.
+They tell no rows apart, and every other row that has one would be compared with all their holders.
 """
 
 from __future__ import annotations

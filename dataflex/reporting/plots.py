@@ -112,11 +112,10 @@ def picked_shares(picked: Sequence[Mapping[str, int]], labels: Sequence[str], wh
         rest = names[len(SERIES) - 1 :]
         picked = [{**one, OTHERS: sum(one.get(name, 0) for name in rest)} for one in picked]
         names = [*names[: len(SERIES) - 1], OTHERS]
+    counts = np.array([[one.get(name, 0) for one in picked] for name in names], dtype=float)
+    counts /= np.maximum(1, counts.sum(axis=0))
     bottom = np.zeros(len(picked))
-    for number, name in enumerate(names):
-        shares = np.array(
-            [one.get(name, 0) / max(1, sum(one[name] for name in one if name in names)) for one in picked]
-        )
+    for number, (name, shares) in enumerate(zip(names, counts, strict=True)):
         axes.bar(range(len(picked)), shares, bottom=bottom, color=SERIES[number], label=_plain(name), width=0.8)
         bottom += shares
     every = max(1, -(-len(labels) // MOST_TICKS))

@@ -16,7 +16,7 @@ from scipy import stats
 import dataflex
 from dataflex.comparison.arms import all_is_affordable, random_halves, rows_of_budget, tenths
 from dataflex.comparison.figures import agreement, datamodeling_score, decile_test, paired_difference
-from dataflex.config import RunConfig
+from dataflex.config import RunConfig, save_config
 from dataflex.config_file import with_component
 from dataflex.errors import UsageError
 from dataflex.influence.scores import ranking, read_scores
@@ -273,6 +273,31 @@ def test_a_components_parameters_give_way_to_keys_that_are_set() -> None:
     chosen = dataflex.load_config(options={"component_name": "less-contrast", "contrast": 4})
     assert with_component(chosen, "less-contrast-rds").contrast == 4
     assert with_component(chosen, "less-contrast-rds").selector == "less+rds"
+
+
+def test_the_written_config_is_the_same_comparison(config: RunConfig, tmp_path: Path) -> None:
+    """config.yaml leaves to each component what nobody set; a default written out would win over its parameters."""
+    parts = tmp_path / "parts.yaml"
+    parts.write_text("mine: {name: less, params: {contrast: 4, proj_dim: null}}\nless: {name: less}\n")
+    chosen = config.changed(marginal=True, components_cfg_file=str(parts), selectors=["mine", "less-contrast"])
+    save_config(chosen, tmp_path / "config.yaml", resolved=False)
+    again = dataflex.load_config(tmp_path / "config.yaml")
+    for name in ("mine", "less-contrast", "length"):
+        assert with_component(again, name).model_dump() == with_component(chosen, name).model_dump()
+    assert with_component(again, "mine").contrast == 4 and with_component(again, "less-contrast").contrast == "pool"
+
+
+def test_what_fails_while_scoring_is_found_before_anything_is_trained(config: RunConfig, tmp_path: Path) -> None:
+    new = config.changed(output=str(tmp_path / "out"))
+    for changes, said in (
+        ({"fp16": True}, "underflow"),
+        ({"selectors": ["rds", "embed"]}, "needs embed_model"),
+        ({"grad_layers": "7"}, "grad_layers 7"),
+        ({"warmup_step": 0}, "warmup_step is 0"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            dataflex.compare(new.changed(**changes))
+    assert not (tmp_path / "out").exists()
 
 
 def test_orders_leave_out_rows_without_a_score(made: Path) -> None:

@@ -20,6 +20,7 @@ from dataflex.errors import UsageError
 from dataflex.influence.score_table import read_score_table
 from dataflex.influence.scores import Scores
 from dataflex.reporting.page import page_of
+from dataflex.reporting.plots import picked_shares
 from dataflex.reporting.scores import OTHERS, best_and_worst, figures_of_scores
 from dataflex.reporting.verdicts import verdict_of_comparison
 from dataflex.training.schedule import dynamic_schedule, scheduled_rows
@@ -250,6 +251,11 @@ def test_a_comparison_has_its_arms_with_intervals(arms: int) -> None:
         {k: v for k, v in one.items() if one["arm"] != "random" or k not in ("low", "high")} for one in lost["summary"]
     ]
     assert "loses to random rows" in verdict_of_comparison(lost)
+
+
+def test_more_datasets_than_colours_are_counted_together() -> None:
+    svg = picked_shares([{f"data-{number}": number + 1 for number in range(14)}], ["pool"], "selection at step")
+    assert OTHERS in svg and "data-7<" in svg and "data-8<" not in svg
 
 
 def test_figures_of_a_hundred_thousand_rows_in_many_datasets() -> None:

@@ -6,9 +6,7 @@ each key is its help: the command line prints the same words.
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -28,100 +26,27 @@ from pydantic import (
 
 from dataflex.environment import world_size
 from dataflex.errors import UsageError
+from dataflex.key_values import (
+    as_numbers,
+    as_share,
+    as_shares,
+    as_text,
+    comma_list,
+    of_table,
+    only,
+    or_null,
+    trackers,
+    whole_steps,
+)
 from dataflex.keys import TRAINS, USERS, Decides, Key, mark_of, select_keys
 from dataflex.named import listing
 from dataflex.projection import table as projection
 from dataflex.selectors import table as selector_table
 from dataflex.trainer_keys import TrainerKeys
 
-
-def _of_table(check: Callable[[str], str]) -> Callable[[str], str]:
-    """The check of a table's names, with the error that pydantic gathers."""
-
-    def checked(name: str) -> str:
-        try:
-            return check(name)
-        except UsageError as error:
-            raise ValueError(str(error)) from None
-
-    return checked
-
-
-def _comma_list(value: Any) -> Any:
-    """`a,b` and [a, b] mean the same; None stays None."""
-    if isinstance(value, (str, os.PathLike)):
-        return [part.strip() for part in str(value).split(",") if part.strip()]
-    return value
-
-
-def _shares(value: Any) -> Any:
-    """One share, or several as a list or by comma; `5%` is 0.05."""
-    parts = [value] if isinstance(value, (int, float)) else _comma_list(value)
-    return [_share(part) for part in parts] if isinstance(parts, list) else parts
-
-
-def _report_to(value: Any) -> Any:
-    if isinstance(value, str) and "," in value:
-        return _comma_list(value)
-    return "none" if value is None else value
-
-
-def _as_text(value: Any) -> Any:
-    """A number, as YAML reads `15`, becomes its text."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def _or_null(value: Any) -> Any:
-    """`null` or `none`, as an option gives it, is None."""
-    return None if isinstance(value, str) and value.strip().lower() in ("null", "none") else value
-
-
-def _share(value: Any) -> Any:
-    """`5%` is 0.05."""
-    if isinstance(value, str) and value.strip().endswith("%"):
-        with contextlib.suppress(ValueError):
-            return float(value.strip().removesuffix("%")) / 100
-    return value
-
-
-def _numbers(value: Any) -> Any:
-    """Texts that are numbers as numbers: YAML reads 1e-1 as a text."""
-    if not isinstance(value, dict):
-        return value
-    return {name: _number(item) for name, item in value.items()}
-
-
-def _number(item: Any) -> Any:
-    if not isinstance(item, str):
-        return item
-    for kind in (int, float):
-        try:
-            return kind(item)
-        except ValueError:
-            continue
-    return item
-
-
-def _steps(value: float) -> float:
-    if value > 1 and value != int(value):
-        raise ValueError("expected a whole number of steps, or a share of the run below 1")
-    return value if value < 1 else int(value)
-
-
-def _only(supported: str, reason: str) -> BeforeValidator:
-    """Say why a key that has several values elsewhere has one here."""
-
-    def check(value: Any) -> Any:
-        if value != supported:
-            raise ValueError(f"expected {supported}, the one there is ({reason})")
-        return value
-
-    return BeforeValidator(check)
-
-
 T = TypeVar("T")
-Names = Annotated[list[str], BeforeValidator(_comma_list)]
-Steps = Annotated[PositiveFloat, AfterValidator(_steps)]
+Names = Annotated[list[str], BeforeValidator(comma_list)]
+Steps = Annotated[PositiveFloat, AfterValidator(whole_steps)]
 LrSchedule = Literal[
     "linear",
     "cosine",
@@ -191,11 +116,11 @@ class RunConfig(BaseModel):
     """Keep the layer norms of the base model in float32."""
 
     # --- method ----------------------------------------------------------------------------
-    stage: Annotated[Literal["sft"], _only("sft", "rows are scored by its loss"), TRAINING] = "sft"
+    stage: Annotated[Literal["sft"], only("sft", "rows are scored by its loss"), TRAINING] = "sft"
     """Training stage. sft: supervised fine-tuning, the only stage."""
     do_train: Annotated[bool, AS_RUN] = True
     """Ignored: the command decides what is done. LLaMA-Factory's files have the key."""
-    finetuning_type: Annotated[Literal["lora"], _only("lora", "gradients are taken at LoRA pairs"), TRAINING] = "lora"
+    finetuning_type: Annotated[Literal["lora"], only("lora", "gradients are taken at LoRA pairs"), TRAINING] = "lora"
     """Fine-tuning method. lora: LoRA pairs, at which gradients are taken; the only method."""
     lora_target: Annotated[Names, Field(min_length=1), TRAINING] = ["all"]
     """Modules that get a LoRA pair: names by comma, or `all` linear layers but the output head."""
@@ -267,7 +192,7 @@ class RunConfig(BaseModel):
     """Optimizer steps in all; overrides the epochs when positive."""
     lr_scheduler_type: Annotated[LrSchedule, TRAINING] = "linear"
     """Learning-rate schedule by transformers' name, for instance cosine."""
-    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_numbers), TRAINING] = None
+    lr_scheduler_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(as_numbers), TRAINING] = None
     """Further arguments of the schedule."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1), TRAINING] = 0.0
     """Share of the steps in which the learning rate rises."""
@@ -316,7 +241,7 @@ class RunConfig(BaseModel):
     report: Annotated[bool, Key(Decides.NOTHING, used_by=("dynamic", "compare"))] = True
     """Write report.html and report.json at the end of `dynamic`, with the loss on rows that were not aimed at; and of
     `compare` report.html."""
-    report_to: Annotated[str | list[str], BeforeValidator(_report_to), AS_RUN] = "none"
+    report_to: Annotated[str | list[str], BeforeValidator(trackers), AS_RUN] = "none"
     """Experiment trackers by transformers' names, several by comma; all, or none."""
     run_name: Annotated[str | None, AS_RUN] = None
     """Name of the run in a tracker. null: the tracker's choice."""
@@ -342,7 +267,7 @@ class RunConfig(BaseModel):
         "dataflex.selectors, or a class as package.module:Class.",
     )
     selector: Annotated[
-        str, AfterValidator(_of_table(selector_table.check_name)), Key(Decides.SCORES, used_by=("dynamic", "score"))
+        str, AfterValidator(of_table(selector_table.check_name)), Key(Decides.SCORES, used_by=("dynamic", "score"))
     ] = "less"
     """The algorithm behind component_name (its `name` in components_cfg_file)."""
     warmup_step: Annotated[NonNegativeInt, Key(Decides.TRAINING, used_by=("warmup", "dynamic", "compare"))] = 10
@@ -363,14 +288,14 @@ class RunConfig(BaseModel):
     marginal: Annotated[bool, DIRECTION] = False
     """true: an Adam direction is Γ(g) − Γ(0), without the step that AdamW would take on a zero gradient, the momentum
     that all rows share. false: it is Γ(g), the whole step."""
-    grad_layers: Annotated[str | None, BeforeValidator(_as_text), Field(pattern=r"^\d+(-\d+)?$"), DIRECTION] = None
+    grad_layers: Annotated[str | None, BeforeValidator(as_text), Field(pattern=r"^\d+(-\d+)?$"), DIRECTION] = None
     """Decoder layers whose LoRA pairs enter the direction, as 15-29; the backward pass stops at the lowest one. null:
     all layers."""
     adam_formula: Annotated[Literal["torch", "dataflex", "less"], DIRECTION] = "torch"
     """Adam's step: bias-corrected as torch's, without correction (dataflex), or with epsilon in the root (less)."""
-    proj_dim: Annotated[PositiveInt | None, BeforeValidator(_or_null), PROJECTION] = 8192
+    proj_dim: Annotated[PositiveInt | None, BeforeValidator(or_null), PROJECTION] = 8192
     """Width of a projected gradient. null: score with whole gradients and keep no store."""
-    projector: Annotated[str, AfterValidator(_of_table(projection.check_name)), PROJECTION] = Field(
+    projector: Annotated[str, AfterValidator(of_table(projection.check_name)), PROJECTION] = Field(
         "sketch", description=f"Projection method. {listing(projection.PROJECTORS)}"
     )
     proj_seed: Annotated[NonNegativeInt, PROJECTION] = 123
@@ -439,7 +364,7 @@ class RunConfig(BaseModel):
     """File for a line of JSON for each row that `eval` measures. null: none."""
     selectors: Annotated[Names, COMPARISON] = ["less", "rds"]
     """Components to compare, by comma, written like component_name. random and length are compared as well."""
-    budget: Annotated[list[Share], BeforeValidator(_shares), Field(min_length=1), COMPARISON] = [0.1]
+    budget: Annotated[list[Share], BeforeValidator(as_shares), Field(min_length=1), COMPARISON] = [0.1]
     """Share of the rows that each arm of a comparison trains on; several by comma give a curve."""
     by: Annotated[Literal["rows", "tokens"], COMPARISON] = "rows"
     """What `budget` is a share of. rows: the rows. tokens: supervised tokens, so that long rows have no advantage."""
@@ -462,7 +387,7 @@ class RunConfig(BaseModel):
     """Score file that `score` wrote."""
     data: Annotated[Names | None, Key(Decides.SELECTION, path="input", by_content=True)] = None
     """Datasets that the scores belong to, written like `dataset`. null: `dataset`."""
-    top: Annotated[Share | None, BeforeValidator(_share), SELECTION] = None
+    top: Annotated[Share | None, BeforeValidator(as_share), SELECTION] = None
     """Share of the scored rows to select, best first, as 0.05 or 5%."""
     count: Annotated[PositiveInt | None, SELECTION] = None
     """Number of rows to select, best first."""

@@ -1,4 +1,4 @@
-"""How the values of keys are read, before or after pydantic checks their type: lists, shares, texts that are numbers."""
+"""How the values of keys are read, before or after pydantic checks their type: lists, shares, texts of numbers."""
 
 from __future__ import annotations
 

@@ -187,7 +187,10 @@ class Console:
         for index in range(len(rows[0]) if rows else len(columns)):
             numeric = all(isinstance(row[index], (int, float)) for row in rows)
             heading = columns[index] if columns else ""
-            table.add_column(heading, justify="right" if numeric and columns else "left", overflow="fold")
+            if numeric and columns:  # a number is never broken, so its heading is what takes two lines
+                table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+            else:
+                table.add_column(heading, overflow="fold")
         for row in rows:
             table.add_row(*[Text(_shown(value)) for value in row])
         self.err.print(table)

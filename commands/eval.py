@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
 
 from dataflex.commands import session as s
 from dataflex.commands.planned import show_plan
@@ -26,6 +28,8 @@ def eval(
     max_new_tokens: Annotated[int | None, s.option("max_new_tokens", "--max-new-tokens")] = None,
     rows: Annotated[str | None, s.option("rows", "--rows")] = None,
     allow_overlap: s.AllowOverlap = False,
+    export: Annotated[str | None, s.option("export", "--export")] = None,
+    tasks: Annotated[list[str] | None, s.option("tasks", "--tasks")] = None,
     nproc: s.Nproc = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,
@@ -43,14 +47,21 @@ def eval(
         if dry_run:
             return show_plan(session, "eval", launches=True, nproc=nproc)
         import dataflex
+        from dataflex.evaluation.dataflow import export_paths
+        from dataflex.evaluation.lm_eval import metrics_of
 
         path = dataflex.evaluate(session.config, session.console)
         found = json.loads(path.read_text(encoding="utf-8"))
-        parts = [("dataset", name, part) for name, part in found["datasets"].items()]
-        parts += [("subtask", name, part) for name, part in found["subtasks"].items()]
+        parts = [(Path(name).name, part) for name, part in found["datasets"].items()]
+        parts += [(f"subtask {name}", part) for name, part in found["subtasks"].items()]
         columns = ["rows", "tokens", "loss", "token_loss", "perplexity"]
         columns += [key for key in ("exact", "normalised", "math") if key in found]
-        table = [[kind, name, *[part[key] for key in columns]] for kind, name, part in [*parts, ("", "all", found)]]
-        session.console.table("held-out rows", ["", "name", *[key.replace("_", " ") for key in columns]], table)
-        written = [path, session.config.rows] if session.config.rows else [path]
+        table = [[name, *[part[key] for key in columns]] for name, part in [*parts, ("all", found)]]
+        session.console.table("held-out rows", ["", *[key.replace("_", " ") for key in columns]], table)
+        written: list[Any] = [path, session.config.rows] if session.config.rows else [path]
+        if session.config.export == "dataflow":
+            written += export_paths(session.config)
+            session.console.next(f"cd {shlex.quote(str(written[-1].parent))} && dataflow eval local")
+        if measured := (found.get("lm_eval") or {}).get("tasks"):
+            session.console.table("lm-eval", ["task", "metric", "value"], metrics_of(measured))
         session.console.result(written, {"command": "eval", "output": str(path), **found})

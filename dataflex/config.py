@@ -362,6 +362,11 @@ class RunConfig(BaseModel):
     """Longest answer in tokens that `eval` lets the model give to each prompt. 0: none."""
     rows: Annotated[str | None, Key(Decides.NOTHING, used_by=("eval",), path="output")] = None
     """File for a line of JSON for each row that `eval` measures. null: none."""
+    export: Annotated[Literal["dataflow", "lm-eval"] | None, Key(Decides.NOTHING, used_by=("eval",))] = None
+    """What `eval` does beside measuring. dataflow: write rows and configuration for `dataflow eval local` in a folder
+    beside output. lm-eval: run lm-eval on `tasks`, or show its command where it is not installed. null: nothing."""
+    tasks: Annotated[Names | None, Key(Decides.NOTHING, used_by=("eval",))] = None
+    """Tasks of lm-eval, by comma: names, or YAML files of tasks. Used with export lm-eval."""
     selectors: Annotated[Names, COMPARISON] = ["less", "rds"]
     """Components to compare, by comma, written like component_name. random and length are compared as well."""
     budget: Annotated[list[Share], BeforeValidator(as_shares), Field(min_length=1), COMPARISON] = [0.1]

@@ -18,6 +18,8 @@ from dataflex.data.catalog import find_sources
 from dataflex.data.examples import split_names
 from dataflex.data.templates import find_template
 from dataflex.errors import UsageError
+from dataflex.evaluation.dataflow import check_export
+from dataflex.evaluation.lm_eval import check_tasks
 from dataflex.files import check_output_dir, check_output_file
 from dataflex.influence.pairs import open_weighted
 from dataflex.model_files import check_weights
@@ -163,10 +165,16 @@ def _check_eval(config: RunConfig) -> None:
         check_output_file(path, config.overwrite)
     if config.rows is not None and Path(config.rows).absolute() == Path(needed(config.output)).absolute():
         raise UsageError(f"output and rows both name {config.rows}; name another file for rows")
+    if config.export is not None:
+        EXPORT_CHECKS[config.export](config)
     check_rows(on_held_out(config), "eval")
     check_weights(config)
     for path in config.adapter_name_or_path or []:
         adapter_folder(path)
+
+
+EXPORT_CHECKS = {"dataflow": check_export, "lm-eval": check_tasks}
+"""By what `export` says."""
 
 
 def _check_compare(config: RunConfig) -> None:

@@ -60,8 +60,11 @@ def join(timeout_s: int = 1800, deepspeed: bool = False) -> None:
     global _waiting
     _waiting = dist.new_group(backend="gloo", timeout=LONGEST_WAIT)
     if deepspeed:  # it keeps a view of its own of the group, and needs it before ZeRO-3 loads a model
-        from deepspeed import comm
+        from deepspeed import comm, ops
 
+        # An extension for inference on processors, which training never calls. Each process would compile it or wait
+        # for a lock file, and wait forever for one that a killed process has left.
+        ops.__compatible_ops__["deepspeed_shm_comm"] = False
         comm.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout)
 
 

@@ -147,6 +147,8 @@ KEYS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "deciles": (True, NONE),
     "lds": (4, NONE),
     "rows": ("rows.jsonl", NONE),
+    "export": ("dataflow", NONE),
+    "tasks": ("gsm8k", NONE),
     "train_stores": ("a.h5", NONE),
     "eval_stores": ("a.h5", NONE),
     "weights": ("uniform", NONE),

@@ -15,8 +15,10 @@ from dataflex import processes
 from dataflex.config import RunConfig, needed
 from dataflex.data.examples import Split, dated
 from dataflex.data.rows import Example, dataset_columns, row_numbers, subtasks_of, supervised_tokens
+from dataflex.evaluation.dataflow import export_rows
 from dataflex.evaluation.figures import by_name, figures_of
 from dataflex.evaluation.generation import answer_start, greedy, prompt_batches, prompt_of, stop_tokens, until_stop
+from dataflex.evaluation.lm_eval import run_tasks
 from dataflex.evaluation.matching import matches
 from dataflex.evaluation.overlap import refuse_overlaps
 from dataflex.evaluation.row_log import append, log_path, take_up
@@ -55,17 +57,30 @@ def evaluate(config: RunConfig, progress: Progress = SILENT) -> Path:
 
     The model is `model_name_or_path` with the adapters of `adapter_name_or_path`. The loss is that of the answers,
     also where training learns prompts. The model answers each prompt greedily with at most `max_new_tokens` tokens, and
-    the answer is compared with the row's. `rows` gets a line of JSON a row. A killed command goes on from a log beside
-    the output; its numbers are those of an uninterrupted one.
+    the answer is compared with the row's. `rows` gets a line of JSON a row, `export` what another program takes. A
+    killed command goes on from a log beside the output; its numbers are those of an uninterrupted one.
     """
+    found, lines = _measured(config, progress)  # the model is gone before lm-eval loads it anew
+    path = Path(needed(config.output))
+    if processes.rank() == 0:
+        if config.export == "lm-eval":
+            found["lm_eval"] = run_tasks(config, progress)
+        if config.export == "dataflow":
+            export_rows(on_held_out(config), [line["row"] for line in lines], progress)
+        if config.rows is not None:
+            write_text(config.rows, "".join(json_of_figures(line) + "\n" for line in lines))
+        write_json(path, found)
+        log_path(path).unlink()
+    processes.barrier()
+    return path
+
+
+def _measured(config: RunConfig, progress: Progress) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures, and a line for each row, on the first process."""
     ready = prepare_evaluate(config, Plan("eval"), progress)
     came_from = _origin_of(ready, progress)
     known = _measure(ready, came_from, progress)
-    if processes.rank() == 0:
-        _write(ready, came_from, known)
-        log_path(ready.path).unlink()
-    processes.barrier()
-    return ready.path
+    return _figures(ready, came_from, known) if processes.rank() == 0 else ({}, [])
 
 
 def prepare_evaluate(config: RunConfig, plan: Plan, progress: Progress = SILENT) -> Evaluation:
@@ -177,7 +192,10 @@ def _text(ready: Evaluation, tokens: Sequence[int] | np.ndarray) -> str:
     return str(ready.tokenizer.decode(kept, skip_special_tokens=True))
 
 
-def _write(ready: Evaluation, came_from: Origin, known: dict[int, dict[str, Any]]) -> None:
+def _figures(
+    ready: Evaluation, came_from: Origin, known: dict[int, dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures over all rows, and a line for each row."""
     config, split = ready.config, ready.split
     tokens = supervised_tokens(split.examples)
     loss = np.array([known[index]["loss"] for index in range(len(split.examples))])
@@ -205,6 +223,4 @@ def _write(ready: Evaluation, came_from: Origin, known: dict[int, dict[str, Any]
         "subtasks": by_name(subtasks, loss, tokens, shares),
         "fingerprints": dict(came_from.content),
     }
-    if config.rows is not None:
-        write_text(config.rows, "".join(json_of_figures(line) + "\n" for line in lines))
-    write_json(needed(config.output), found)
+    return found, lines

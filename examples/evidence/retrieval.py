@@ -1,11 +1,13 @@
 """Which selector finds the rows of the target's own kind? Average precision over a pool of four kinds of real rows.
 
     .venv/bin/python examples/evidence/retrieval.py --seeds 1 2 3
+    .venv/bin/python examples/evidence/retrieval.py --seeds 1 --warmup-steps 1 4 40
 
 The pool is 40 rows each of general instructions in English and in Chinese, of questions about the model's identity and
 of tool calls; 10 other rows of each kind are the target in turn. SmolLM2-135M-Instruct, LoRA rank 16 on all linear
-layers, 256 tokens, 10 warm-up steps of 4 rows. Every direction is whole: nothing is projected. About 4 minutes a seed
-on two cores, 2 GB of disk in --folder. A seed that is done is read from --folder.
+layers, 256 tokens, 10 warm-up steps of 4 rows. Directions are whole where no k is named. Three tables: by score; by the
+number of validation rows, of which there are 50 then; and by the kind that is looked for, where the target is another
+one. A seed takes 3 GB of disk in --folder while it is measured; one that is done is read from there.
 """
 
 from __future__ import annotations
@@ -20,21 +22,25 @@ import numpy as np
 import torch
 
 import dataflex
+from dataflex.config import needed
 from dataflex.data.examples import load_split
 from dataflex.data.rows import supervised_tokens
+from dataflex.gradients.capture import Capture
 from dataflex.gradients.collect import checkpoint_capture
 from dataflex.gradients.direction import make_direction, plain_direction
 from dataflex.gradients.passes import batches_of, project_rows
-from dataflex.influence.scores import length_correlation, standardise
+from dataflex.influence.scores import length_correlation, round_robin, standardise
 from dataflex.model import load_tokenizer
 from dataflex.progress import SILENT
 from dataflex.projection.identity import Identity
+from dataflex.projection.table import make_projector
 from dataflex.selectors.bm25 import bm25, words
 from dataflex.selectors.combined import combine
+from dataflex.selectors.embed import embed, load_embedder
 from dataflex.selectors.protocol import Situation
 from dataflex.selectors.rds import row_vectors
 from dataflex.selectors.similarity import unit
-from dataflex.training.moments import load_moments
+from dataflex.training.moments import AdamMoments, load_moments
 
 KINDS = {
     "en": "alpaca_en_demo",
@@ -42,7 +48,8 @@ KINDS = {
     "identity": "identity",
     "tools": "glaive_toolcall_en_demo",
 }
-POOL, TARGET = 40, 10
+POOL, TARGET, MOST = 40, 10, 50
+"""Rows of each kind in the pool, rows of a target, and rows of the largest target."""
 UPPER = 15  # of 30 layers: where the upper half begins
 SCALE = 1000.0  # unit vectors of millions of numbers, kept as float16
 DRAWS = 10  # of random reference rows
@@ -51,6 +58,26 @@ LIBRARY = Path(__file__).resolve().parent.parent.parent
 Cosines = np.ndarray
 """[pool, pool + targets]: of a pool row's direction with the plain gradient of each row."""
 
+DIRECTIONS: dict[str, tuple[str, str, bool]] = {
+    "less": ("adam", "torch", False),
+    "marginal": ("adam", "torch", True),
+    "sgd": ("sgd", "torch", False),
+    "less formula": ("adam", "less", False),
+    "dataflex formula": ("adam", "dataflex", False),
+}
+"""By name: gradient_type, adam_formula, marginal."""
+PARTS: dict[str, Callable[[str], bool]] = {
+    "": lambda name: True,
+    " upper": lambda name: layer_of(name) >= UPPER,
+    " B": lambda name: name.endswith("lora_B.weight"),
+}
+"""By name: which tensors enter the cosine."""
+CLOSER = ("less", "less, marginal, contrast pool", "rds", "bm25", "less+rds, marginal, contrast pool")
+NUMBERS = (2, 5, 10, 50)
+"""The scores and the numbers of validation rows of the second table."""
+WIDTHS = (8192, 4096)
+"""k of the sketches of the direction `less`."""
+
 
 def write_data(folder: Path, seed: int) -> None:
     """A pool and a target of each kind, and the dataset_info.json that names them."""
@@ -58,15 +85,16 @@ def write_data(folder: Path, seed: int) -> None:
     info = {}
     for kind, name in KINDS.items():
         records = json.loads((LIBRARY / "data" / source[name]["file_name"]).read_text(encoding="utf-8"))
-        drawn = random.Random(f"{seed} {kind}").sample(records, POOL + TARGET)
+        drawn = random.Random(f"{seed} {kind}").sample(records, POOL + MOST)
         for part, rows in (("pool", drawn[:POOL]), ("target", drawn[POOL:])):
             info[f"{part}_{kind}"] = {**source[name], "file_name": f"{part}_{kind}.json"}
             (folder / f"{part}_{kind}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
 
 
-def measure(folder: Path, seed: int) -> dict[str, np.ndarray]:
-    """Cosines by kind of direction, similarities by RDS and BM25, and the pool's supervised tokens."""
+def measure(folder: Path, seed: int, steps: int) -> dict[str, np.ndarray]:
+    """Cosines by kind of direction after `steps` steps of warm-up, similarities by RDS, BM25 and embeddings, and the
+    pool's supervised tokens."""
     write_data(folder, seed)
     config = dataflex.load_config(
         options={
@@ -79,10 +107,11 @@ def measure(folder: Path, seed: int) -> dict[str, np.ndarray]:
             "eval_dataset": [f"target_{kind}" for kind in KINDS],
             "per_device_train_batch_size": 4,
             "learning_rate": 2e-4,
-            "warmup_step": 10,
+            "warmup_step": steps,
             "disable_gradient_checkpointing": True,
             "seed": seed,
             "token_budget": 1024,
+            "embed_model": str(LIBRARY / "models/SmolLM2-135M-Instruct"),
             "output_dir": str(folder / "warmup"),
         }
     )
@@ -102,26 +131,11 @@ def measure(folder: Path, seed: int) -> dict[str, np.ndarray]:
             plain[index] = (vector / norms[index] * SCALE).numpy()
 
     moments = load_moments(checkpoint)
-    found = {}
-    count = len(train.examples)
-    for name, marginal in (("less", False), ("marginal", True)):
-        direction = make_direction("adam", "torch", moments, capture.slots, marginal)
-        for part, slots in (("", capture.slots), (" upper", [s for s in capture.slots if layer_of(s.name) >= UPPER])):
-            products, squares = np.zeros((count, len(rows))), np.zeros(count)
-            lengths = np.zeros(len(rows))
-            for slot in slots:
-                span = slice(slot.offset, slot.offset + slot.size)
-                units = torch.from_numpy(plain[:, span].astype(np.float32)) / SCALE
-                steps = direction(slot, units[:count] * torch.from_numpy(norms[:count, None]))
-                products += (steps @ units.T).double().numpy()
-                squares += steps.double().square().sum(dim=1).numpy()
-                lengths += units.double().square().sum(dim=1).numpy()
-            found[name + part] = products / np.sqrt(squares)[:, None] / np.sqrt(lengths)[None]
-    flat = torch.from_numpy(np.asarray(plain, dtype=np.float32)) / SCALE
-    found["sgd"] = (flat[:count] @ flat.T).numpy()
-    del flat, plain
+    found = cosines_of(capture, moments, plain, norms, len(train.examples))
+    del plain
     (folder / "plain.npy").unlink()
 
+    count = len(train.examples)
     situation = Situation(
         config, tokenizer, train, targets, lambda: capture, moments, moments.step, folder, folder, [], SILENT
     )
@@ -130,7 +144,48 @@ def measure(folder: Path, seed: int) -> dict[str, np.ndarray]:
     found["rds"] = centred[:count] @ centred.T
     texts = [words(tokenizer.decode(row.input_ids, skip_special_tokens=True)) for row in rows]
     found["bm25"] = np.array(list(bm25(texts[:count], texts))).T
+    embeddings = unit(embed(load_embedder(needed(config.embed_model)), situation, rows, "embeddings"))
+    found["embed"] = embeddings[:count] @ embeddings.T
     found["tokens"] = supervised_tokens(train.examples)
+    return found
+
+
+def cosines_of(
+    capture: Capture, moments: AdamMoments, plain: np.ndarray, norms: np.ndarray, count: int
+) -> dict[str, Cosines]:
+    """The cosines of each of DIRECTIONS over each of PARTS, and of sketches of the direction `less`."""
+    directions = {name: make_direction(*how[:2], moments, capture.slots, how[2]) for name, how in DIRECTIONS.items()}
+    ways = [(name, part) for name in DIRECTIONS for part in PARTS if part == "" or name in ("less", "marginal")]
+    products = {way: np.zeros((count, len(norms))) for way in ways}
+    squares = {way: np.zeros(count) for way in ways}
+    lengths = {part: np.zeros(len(norms)) for part in PARTS}
+    sketches = {dim: make_projector("sketch", capture.parameters, dim, 123, "cpu") for dim in WIDTHS}
+    images = {dim: (torch.zeros(count, dim), torch.zeros(len(norms), dim)) for dim in WIDTHS}
+    for slot in capture.slots:
+        span = slice(slot.offset, slot.offset + slot.size)
+        units = torch.from_numpy(plain[:, span].astype(np.float32)) / SCALE
+        own = units.double().square().sum(dim=1).numpy()
+        for part, takes in PARTS.items():
+            lengths[part] += own if takes(slot.name) else 0
+        for name, direction in directions.items():
+            steps = direction(slot, units[:count] * torch.from_numpy(norms[:count, None]))
+            product, square = (steps @ units.T).double().numpy(), steps.double().square().sum(dim=1).numpy()
+            for way in ways:
+                if way[0] == name and PARTS[way[1]](slot.name):
+                    products[way] += product
+                    squares[way] += square
+            if name == "less":
+                for dim, sketch in sketches.items():
+                    for image, values in zip(images[dim], (steps, units), strict=True):
+                        sketch.add(image, slot.offset, values.clone())  # it overwrites them
+    found = {
+        "".join(way): products[way] / np.sqrt(squares[way])[:, None] / np.sqrt(lengths[way[1]])[None] for way in ways
+    }
+    for dim, pair in images.items():
+        directions_of, gradients_of = (unit(image.numpy()) for image in pair)
+        found[f"less k={dim}"] = directions_of @ gradients_of.T
+    signs = [np.where(unit(image.numpy()) >= 0, 1.0, -1.0) for image in images[8192]]
+    found["less k=8192 int1"] = signs[0] @ signs[1].T / 8192
     return found
 
 
@@ -156,9 +211,16 @@ def scorers(found: dict[str, np.ndarray], seed: int) -> dict[str, list[Callable[
         normalised = cosines.T.copy()
         standardise(normalised)
         table[f"{label}, normalise rows"] = [mean(normalised.T)]
+    for name in ("less formula", "dataflex formula", *(f"less k={dim}" for dim in WIDTHS), "less k=8192 int1"):
+        table[name.replace("less k", "less, k").replace("less formula", "LESS's own formula")] = [mean(found[name])]
+    table["less, reduce rows"] = [lambda target: round_robin(found["less"][:, target].T)]
+    table["less, marginal, contrast pool, reduce rows"] = [
+        lambda target: round_robin(contrasted(found["marginal"])[:, target].T)
+    ]
+    table["less, B alone"] = [mean(found["less B"])]
     table["less, layers 15-29"] = [mean(found["less upper"])]
     table["less, marginal, contrast pool, layers 15-29"] = [mean(contrasted(found["marginal upper"]))]
-    for name in ("rds", "bm25"):
+    for name in ("rds", "bm25", "embed"):
         table[name] = [mean(found[name])]
     rds = mean(found["rds"])
     together = {
@@ -187,35 +249,81 @@ def average_precision(scores: np.ndarray, wanted: np.ndarray) -> float:
     return float((np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean())
 
 
+def quality(
+    ways: list[Callable[[slice], np.ndarray]], target: slice, wanted: np.ndarray, tokens: np.ndarray
+) -> tuple[float, float]:
+    """The mean average precision of `ways`, and their mean correlation with supervised tokens."""
+    scores = [way(target) for way in ways]
+    precision = np.mean([average_precision(one, wanted) for one in scores])
+    return float(precision), float(np.mean([length_correlation(one, tokens) or 0.0 for one in scores]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--warmup-steps", type=int, nargs="+", default=[10])
     parser.add_argument("--folder", type=Path, default=Path("saves/evidence/retrieval"))
     arguments = parser.parse_args()
+    for steps in arguments.warmup_steps:
+        every = []
+        for seed in arguments.seeds:
+            folder = arguments.folder / f"seed-{seed}-steps-{steps}"
+            kept = folder / "cosines.npz"
+            if not kept.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                np.savez(kept, **measure(folder, seed, steps))
+            every.append((seed, dict(np.load(kept))))
+        print(f"\n{steps} steps of warm-up\n")
+        show(every)
+
+
+def show(every: list[tuple[int, dict[str, np.ndarray]]]) -> None:
+    """Print the three tables for the cosines of each seed."""
     kind_of = np.repeat(range(len(KINDS)), POOL)
+    starts = [len(kind_of) + number * MOST for number in range(len(KINDS))]
     results: dict[str, list[list[tuple[float, float]]]] = {}
-    for seed in arguments.seeds:
-        folder = arguments.folder / f"seed-{seed}"
-        kept = folder / "cosines.npz"
-        if not kept.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            np.savez(kept, **measure(folder, seed))
-        found = dict(np.load(kept))
+    by_rows: dict[str, list[list[float]]] = {}
+    by_kind: dict[str, list[np.ndarray]] = {}
+    for seed, found in every:
         for name, ways in scorers(found, seed).items():
-            of_seed = []
-            for number in range(len(KINDS)):
-                start = len(kind_of) + number * TARGET
-                scores = [way(slice(start, start + TARGET)) for way in ways]
-                precision = np.mean([average_precision(one, kind_of == number) for one in scores])
-                likes = np.mean([length_correlation(one, found["tokens"]) or 0.0 for one in scores])
-                of_seed.append((float(precision), float(likes)))
-            results.setdefault(name, []).append(of_seed)
+            of_kind = [
+                [
+                    quality(ways, slice(at, at + TARGET), kind_of == wanted, found["tokens"])
+                    for wanted in range(len(KINDS))
+                ]
+                for at in starts
+            ]
+            results.setdefault(name, []).append([of_kind[number][number] for number in range(len(KINDS))])
+            by_kind.setdefault(name, []).append(np.array(of_kind)[:, :, 0])
+            if name in CLOSER:
+                by_rows.setdefault(name, []).append(
+                    [
+                        float(
+                            np.mean(
+                                [
+                                    quality(ways, slice(at, at + rows), kind_of == number, found["tokens"])[0]
+                                    for number, at in enumerate(starts)
+                                ]
+                            )
+                        )
+                        for rows in NUMBERS
+                    ]
+                )
     print(f"| score | {' | '.join(KINDS)} | mean | by seed |\n|---|{'---|' * (len(KINDS) + 2)}")
     for name, by_seed in results.items():
         values = np.array(by_seed)  # [seeds, kinds, 2]
         cells = [f"{p:.2f}, {c:+.2f}" for p, c in values.mean(axis=0)]
         seeds = "; ".join(f"{value:.3f}" for value in values[:, :, 0].mean(axis=1))
         print(f"| {name} | {' | '.join(cells)} | {values[:, :, 0].mean():.3f} | {seeds} |")
+    print(f"\n| validation rows | {' | '.join(map(str, NUMBERS))} |\n|---|{'---|' * len(NUMBERS)}")
+    for name, counts in by_rows.items():
+        print(f"| {name} | {' | '.join(f'{value:.3f}' for value in np.mean(counts, axis=0))} |")
+    print("\n| score | target's own kind | another kind | by chance |\n|---|---|---|---|")
+    chance = np.mean(by_kind["random"])
+    for name in CLOSER:
+        values = np.mean(by_kind[name], axis=0)  # [targets, kinds looked for]
+        own = np.eye(len(KINDS), dtype=bool)
+        print(f"| {name} | {values[own].mean():.3f} | {values[~own].mean():.3f} | {chance:.3f} |")
 
 
 if __name__ == "__main__":

@@ -242,7 +242,8 @@ class RunConfig(BaseModel):
     """Write report.html and report.json at the end of `dynamic`, with the loss on rows that were not aimed at; and of
     `compare` report.html."""
     report_to: Annotated[str | list[str], BeforeValidator(trackers), AS_RUN] = "none"
-    """Experiment trackers by transformers' names, several by comma; all, or none."""
+    """Experiment trackers by transformers' names, several by comma; all, or none. They are shown the selections of
+    `dynamic` as well as the loss."""
     run_name: Annotated[str | None, AS_RUN] = None
     """Name of the run in a tracker. null: the tracker's choice."""
     logging_dir: Annotated[str | None, Key(Decides.NOTHING, path="output")] = None

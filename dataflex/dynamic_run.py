@@ -6,6 +6,7 @@ The selection is the same code as `grads` and `score`, on the live model and its
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from dataflex.files import check_room, read_jsonl, write_jsonl
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.passes import losses_of_rows, mean_loss
 from dataflex.influence.score_table import read_score_table, write_score_table
-from dataflex.influence.scores import best_rows, length_correlation, score_records
+from dataflex.influence.scores import Scores, best_rows, length_correlation, score_records
 from dataflex.model import compute_dtype, device
 from dataflex.needs import check_needs
 from dataflex.outline import Outline, note_gradient_pass, note_store
@@ -41,6 +42,9 @@ from dataflex.training.runs import Run, begin, finish, prepare_training, train_r
 from dataflex.training.schedule import Schedule, dynamic_schedule, scheduled_rows
 
 OTHER_ROWS = 32  # random rows of the pool whose loss tells what training on selected rows makes the model forget
+
+QUANTILES = {"lowest": 0.0, "median": 0.5, "best_tenth": 0.9, "best": 1.0}
+"""The quantiles of the scores that trackers are shown."""
 
 
 def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
@@ -202,8 +206,9 @@ class _Selections:
         """Indices of the rows that `step` trains on."""
         return scheduled_rows(self.schedule, step, len(self.run.train.examples), self.run.config.seed, self.made)
 
-    def prepare(self, step: int, moments: Callable[[], AdamMoments]) -> None:
-        """Evaluate before the first step, and select where `step` begins a selection's rows."""
+    def prepare(self, step: int, moments: Callable[[], AdamMoments]) -> dict[str, float]:
+        """Evaluate before the first step, and select where `step` begins a selection's rows; return what trackers are
+        shown of the selection."""
         run = self.run
         if "eval_loss" not in self.record.facts:
             # only now, inside the training: under ZeRO-3 the model cannot run before
@@ -212,9 +217,28 @@ class _Selections:
                 others = self._losses_of_others("other rows before") if run.config.report else []
             self.record.note(eval_loss={"before": before}, losses_of_others=others)
         selected_at = self.schedule.selection_of(step)
-        if selected_at is not None and selected_at not in self.made:
-            with run.watch.phase("selection"):
-                self.made[selected_at] = self._select(selected_at, moments())
+        if selected_at is None or selected_at in self.made:
+            return {}
+        started = time.monotonic()
+        with run.watch.phase("selection"):
+            scores, chosen = self._select(selected_at, moments())
+        last = self.made[max(self.made)] if self.made else None
+        self.made[selected_at] = chosen
+        return {"selection/seconds": time.monotonic() - started, **self._figures(scores, chosen, last)}
+
+    def _figures(self, scores: Scores, chosen: list[int], last: list[int] | None) -> dict[str, float]:
+        """What trackers are shown of a selection: quantiles of all scores, the share of the rows that the `last`
+        selection had as well, Spearman's correlation of scores with supervised tokens, and shares by dataset."""
+        examples = self.run.train.examples
+        quantiles = np.nanquantile(scores.score, list(QUANTILES.values())).tolist()
+        figures = {f"selection/score_{name}": value for name, value in zip(QUANTILES, quantiles, strict=True)}
+        if last is not None:
+            figures["selection/overlap"] = len(set(chosen) & set(last)) / len(chosen)
+        correlation = length_correlation(scores.score, supervised_tokens(examples))
+        if correlation is not None:
+            figures["selection/length_correlation"] = correlation
+        picked = count_by_dataset(examples, chosen)
+        return {**figures, **{f"selection/share/{name}": count / len(chosen) for name, count in picked.items()}}
 
     def _others(self) -> list[int]:
         """Indices of some random rows of the pool, whose loss is taken before and after training."""
@@ -243,7 +267,8 @@ class _Selections:
             "after": float(after[untrained].mean()),
         }
 
-    def _select(self, step: int, moments: AdamMoments) -> list[int]:
+    def _select(self, step: int, moments: AdamMoments) -> tuple[Scores, list[int]]:
+        """The scores of all rows, and the indices of the best, best first."""
         run, config = self.run, self.run.config
         cache = Path(config.cache_dir or self.folder / "gradients") / f"step-{step}"
         situation = Situation(
@@ -271,4 +296,4 @@ class _Selections:
         correlation = length_correlation(scores.score, supervised_tokens(run.train.examples))
         likes = "" if correlation is None else f"; correlation of score and length {correlation:+.2f}"
         run.progress.say(f"step {step}: selected {len(best)} rows: {shares}{likes}")
-        return best
+        return scores, best

@@ -39,7 +39,7 @@ from dataflex.training.moments import AdamMoments
 from dataflex.training.plots import plot_loss
 from dataflex.training.resume import check_method, forget_later, last_checkpoint
 from dataflex.training.schedule import random_rows, training_steps, warmup_steps
-from dataflex.training.trainer import BeforeStep, RowsOf, fit
+from dataflex.training.trainer import BeforeStep, Figures, RowsOf, fit
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def train_run(
     *,
     steps_per_epoch: int,
     rows_of: RowsOf,
-    before_step: BeforeStep = lambda step, moments: None,
+    before_step: BeforeStep = lambda step, moments: {},
     save_at: Collection[int] = (),
 ) -> list[dict[str, Any]]:
     """Take the run's steps and return the log history. Arguments as for `fit`.
@@ -232,10 +232,10 @@ def train_run(
     """
     untried = [run.check_gradients] if run.is_shared_out else []
 
-    def prepare_step(step: int, moments: Callable[[], AdamMoments]) -> None:
+    def prepare_step(step: int, moments: Callable[[], AdamMoments]) -> Figures:
         while untried:
             untried.pop()()
-        before_step(step, moments)
+        return before_step(step, moments)
 
     with run.watch.phase("training"):
         return fit(

@@ -36,8 +36,10 @@ from dataflex.training.resume import check_loaded, last_checkpoint, no_code_from
 
 RowsOf = Callable[[int], list[int]]
 """Step → indices of its rows, over all processes. Pure."""
-BeforeStep = Callable[[int, Callable[[], AdamMoments]], None]
-"""(step about to be taken, the moments as they are) → whatever is to be done before it."""
+Figures = dict[str, float]
+"""What trackers are shown beside the loss, by name."""
+BeforeStep = Callable[[int, Callable[[], AdamMoments]], Figures]
+"""(step about to be taken, the moments as they are) → the figures of whatever was to be done before it."""
 
 
 class RowTrainer(Trainer):
@@ -48,7 +50,7 @@ class RowTrainer(Trainer):
         *,
         examples: Sequence[Example],
         rows_of: RowsOf,
-        before_step: Callable[[int], None],
+        before_step: Callable[[int], Figures],
         steps_per_epoch: int,
         **kwargs: Any,
     ) -> None:
@@ -67,7 +69,8 @@ class RowTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """The batches of the step about to be taken, this process's share of its rows."""
         step = self.state.global_step
-        self.before_step(step)
+        if figures := self.before_step(step):  # for trackers alone: a run's history is that of its training
+            self.callback_handler.on_log(self.args, self.state, self.control, figures)
         return super().get_batch_samples(self._batches(self.rows_of(step)), num_batches, device)
 
     def _batches(self, rows: list[int]) -> Iterator[dict[str, torch.Tensor]]:
@@ -197,7 +200,7 @@ def fit(
     *,
     steps_per_epoch: int,
     rows_of: RowsOf,
-    before_step: BeforeStep = lambda step, moments: None,
+    before_step: BeforeStep = lambda step, moments: {},
     progress: Progress,
     eval_examples: Sequence[Example] | None = None,
     save_at: Collection[int] = (),

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import shlex
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 
 from dataflex import dynamic, grads, load_config, warmup
 from dataflex.commands.session import session
-from dataflex.commands.signals import stoppable
+from dataflex.commands.signals import NOTICE, stoppable
 from dataflex.progress import Interrupted
 
 
@@ -93,6 +94,34 @@ def test_an_interrupted_selection_says_what_it_keeps(settings, whole, tmp_path):
     ]
     dynamic(load_config(options=options))
     assert_same_end(tmp_path / "out", whole)
+
+
+IN_A_LONG_CALL = """
+import hashlib
+from dataflex.commands.console import Console
+from dataflex.commands.signals import stoppable
+
+console = Console()
+with stoppable(console), console.task("rows", 1, "rows") as task:
+    print("begun", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 30_000_000)  # a call of seconds that no handler can interrupt
+    print("ended", flush=True)
+    task.advance()
+"""
+
+
+def test_a_signal_is_answered_within_a_long_call():
+    """As a backward pass is; seconds pass between the answer and the call's end."""
+    command = [sys.executable, "-c", IN_A_LONG_CALL]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    time.sleep(0.5)  # until it is within the call
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() + process.stdout.readline() == NOTICE
+    assert not select.select([process.stdout], [], [], 1.0)[0]
+    assert process.stdout.readline() == b"ended\n"
+    process.communicate()
 
 
 def test_before_the_first_step_nothing_is_kept(settings, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -102,12 +103,14 @@ def _text(value: object) -> str:
 
 
 def _named(key: str) -> str:
-    return key.removesuffix("_bytes").replace("_", " ")
+    return key.removesuffix("_bytes").replace("_seconds", "_time").replace("_", " ")
 
 
 def _size(key: str, value: int) -> str:
     if key.endswith("flops"):
         return f"{value / 1e12:.3g} TFLOP"
+    if key.endswith("seconds"):
+        return f"{datetime.timedelta(seconds=value)} h"
     if not key.endswith("bytes"):
         return f"{value:,}"
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):

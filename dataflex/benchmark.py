@@ -22,6 +22,7 @@ from dataflex.cost import (
     FEWEST_TOKENS,
     free_memory,
     gradient_flops,
+    matmul_speed,
     shape_of,
     training_memory,
 )
@@ -134,17 +135,6 @@ def _budget_for_both(capture: Capture, base_parameters: int) -> int:
     while shape and budget > FEWEST_TOKENS and training_memory(shape, budget, False) - shape.standing_bytes > free:
         budget //= 2
     return budget
-
-
-def matmul_speed(target: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of one large matrix product, the best of some: what the gradients' share is taken of."""
-    size = 8192 if target.type == "cuda" else 2048
-    left, right = (torch.randn(size, size, device=target).to(dtype) for _ in range(2))
-    clock = _Clock(target)
-    for _ in range(8):
-        with clock.part("product"):
-            left @ right
-    return 2 * size**3 / min(clock.seconds()["product"])
 
 
 def sample(batches: Sequence[list[int]]) -> list[list[int]]:

@@ -6,6 +6,7 @@ One model for the dry run, for `bench` and for the choice of a batch's size, so 
 from __future__ import annotations
 
 import contextlib
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from dataflex.environment import local_world_size
 MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
 FEWEST_TOKENS = 256
 SHARE_OF_FREE_MEMORY = 0.7
+SHARE_OF_SPEED = 0.5
+"""Of the speed of a large matrix product, what a pass is taken to reach; BENCHMARKS.md has 0.40 to 0.65."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,26 @@ def gradient_flops(body: int, head: int, adapter: int, tokens: int, supervised: 
         supervised: how many of the `tokens` have a loss.
     """
     return 4 * (body * tokens + head * supervised) + 6 * adapter * tokens
+
+
+def training_flops(body: int, head: int, adapter: int, tokens: int, checkpointing: bool) -> int:
+    """Multiplications and additions of training on `tokens` tokens: as `gradient_flops`, with logits for every token,
+    and with the forward pass of the layers once more under gradient checkpointing."""
+    return gradient_flops(body, head, adapter, tokens, tokens) + 2 * (body + adapter) * tokens * checkpointing
+
+
+def matmul_speed(target: torch.device, dtype: torch.dtype) -> float:
+    """Multiplications and additions a second of one large matrix product, the best of some."""
+    size = 8192 if target.type == "cuda" else 2048
+    left, right = (torch.randn(size, size, device=target).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        started = time.perf_counter()
+        left @ right
+        if target.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
 
 
 def free_memory(device: torch.device) -> int:

@@ -6,6 +6,7 @@ is too small show in seconds.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,16 @@ import torch
 from dataflex.adapters import fit_vocabulary, read_adapter
 from dataflex.config import RunConfig
 from dataflex.cost import (
+    SHARE_OF_SPEED,
     Shape,
     free_memory,
     gradient_flops,
     gradient_memory,
+    matmul_speed,
     multiplied_weights,
     shape_of,
     token_budget_for,
+    training_flops,
 )
 from dataflex.data.examples import Split
 from dataflex.folding import check_foldable
@@ -120,10 +124,31 @@ def note_gradient_pass(
     """Note the token budget and the arithmetic of gradient passes; the bytes at their peak, none where not known."""
     tokens = passes * sum(sum(split.report.lengths) for split in splits)
     supervised = passes * sum(split.report.supervised_tokens for split in splits)
-    plan.sizes["gradient_flops"] = gradient_flops(*sizes.multiplied, sizes.direction, tokens, supervised)
+    flops = gradient_flops(*sizes.multiplied, sizes.direction, tokens, supervised)
+    plan.sizes["gradient_flops"] = flops
+    _note_seconds(config, plan, "gradient", flops)
     if sizes.shape is None:
         return []
     free = max(0, free_memory(device()) - sizes.shape.base * sizes.shape.itemsize)  # once the model is there
     budget = config.token_budget or token_budget_for(sizes.shape, free, device().type)
     plan.sizes["token_budget"] = budget
     return [gradient_memory(sizes.shape, max(budget, longest_of(splits)))]
+
+
+def note_training(config: RunConfig, plan: Plan, sizes: Outline, train: Split, steps: int) -> None:
+    """Note the arithmetic of training for `steps` steps, on rows that are as long as the mean of `train`."""
+    mean = sum(train.report.lengths) / max(1, len(train.report.lengths))
+    tokens = round(steps * config.rows_per_step * mean)
+    checkpointing = config.gradient_checkpointing and not config.disable_gradient_checkpointing
+    flops = training_flops(*sizes.multiplied, sizes.adapter, tokens, checkpointing)
+    plan.sizes["training_flops"] = flops
+    _note_seconds(config, plan, "training", flops)
+
+
+def _note_seconds(config: RunConfig, plan: Plan, what: str, flops: int) -> None:
+    """Note how long `flops` take here, by the speed of a matrix product; only a dry run asks. Processes share the work
+    of several GPUs, and the cores of one machine."""
+    if plan.dry_run:
+        machines = config.world_size if device().type == "cuda" else 1
+        speed = SHARE_OF_SPEED * machines * matmul_speed(device(), compute_dtype(config))
+        plan.sizes[f"{what}_seconds"] = math.ceil(flops / speed)

@@ -13,9 +13,11 @@ from dataflex.cost import (
     free_memory,
     gradient_flops,
     gradient_memory,
+    matmul_speed,
     multiplied_weights,
     shape_of,
     token_budget_for,
+    training_flops,
     training_memory,
 )
 from dataflex.gradients.capture import adapter_values, make_capture, row_gradients, undisturbed
@@ -89,3 +91,26 @@ def test_the_arithmetic_is_what_torch_counts(tied):
     products = {op: n for op, n in counted.get_flop_counts()["Global"].items() if "attention" not in str(op)}
     wanted = gradient_flops(*weights, capture.parameters, labels.numel(), 4 * 12)
     assert sum(products.values()) == pytest.approx(wanted, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_arithmetic_of_training_is_what_torch_counts(checkpointing):
+    """But for the first layer, below whose adapters nothing is computed, and for what is recomputed of it."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 500}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=8))
+    weights = multiplied_weights(base)
+    model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear"))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    ids = torch.randint(0, 500, (4, 32))
+    with FlopCounterMode(display=False) as counted:
+        model.train()(input_ids=ids, labels=ids).loss.backward()
+    products = {op: n for op, n in counted.get_flop_counts()["Global"].items() if "attention" not in str(op)}
+    adapter = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    wanted = training_flops(*weights, adapter, ids.numel(), checkpointing)
+    assert sum(products.values()) == pytest.approx(wanted, rel=0.03)
+
+
+def test_the_speed_of_a_product_is_one_of_this_age():
+    assert 1e8 < matmul_speed(torch.device("cpu"), torch.float32) < 1e15

@@ -27,7 +27,7 @@ from dataflex.gradients.probe import check_gradients, is_shared_out
 from dataflex.model import add_lora, compute_dtype, load_adapter, load_frozen_model, on_device
 from dataflex.needs import check_needs
 from dataflex.origin import Origin, origin
-from dataflex.outline import Outline, longest_of, note_peak, outline
+from dataflex.outline import Outline, longest_of, note_peak, note_training, outline
 from dataflex.planning import Plan, read_rows
 from dataflex.progress import SILENT, Progress
 from dataflex.provenance import RunRecord, Stopwatch, find_record, open_record, read_record, was_begun
@@ -154,6 +154,7 @@ def prepare_training(
     layers = config.grad_layers if selects else None
     sizes = outline(config, plan, splits.values(), config.resumed_adapter, layers)
     peaks = note(sizes, list(splits.values())) if note is not None else []
+    note_training(config, plan, sizes, split, steps)
     _check_room_for(config, sizes, steps)
     note_peak(plan, sizes, [*peaks, *_training_peak(config, sizes, splits.values())])
     args = training_arguments(config.model_copy(update={"deepspeed": None}) if plan.dry_run else config, steps)

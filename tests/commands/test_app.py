@@ -94,6 +94,7 @@ def test_a_dry_run_says_what_would_happen(bench: Path, cli):
     }
     assert found["data"]["eval"]["longest"] <= 96 and found["data"]["eval"]["truncated"] == 4
     assert found["sizes"]["adapter_parameters"] == 8192
+    assert found["sizes"]["gradient_seconds"] > 0 < found["sizes"]["training_seconds"]
     assert found["config"]["proj_dim"] == 256
 
     stores = json.loads(cli(*RUNS["grads"].split(), "--dry-run", "--json").stdout)["sizes"]["store_bytes"]

@@ -50,7 +50,7 @@ def inspect(
         from dataflex.inspection import inspect as look
 
         console = session.console
-        found = look(session.config, target, console, keep=not dry_run)
+        found = look(target, session.config, console, keep=not dry_run)
         tabled = ("score_max", "score_mean", "score_min", "datasets") if found.kind == "scores" else ()
         facts = {key.replace("_", " "): _text(value) for key, value in found.facts.items() if key not in tabled}
         console.facts(f"{found.kind} {found.name}", facts)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 # Handed on lazily (PEP 562): importing dataflex, or asking the command line for help, imports no torch.
 if TYPE_CHECKING:  # HOMES, for editors and type checkers
     from dataflex.benchmark import bench
+    from dataflex.commands.console import Console
     from dataflex.comparison.run import compare
     from dataflex.config import RunConfig
     from dataflex.config_file import load_config
@@ -15,8 +16,10 @@ if TYPE_CHECKING:  # HOMES, for editors and type checkers
     from dataflex.dynamic_run import dynamic
     from dataflex.evaluation.run import evaluate
     from dataflex.gradients.collect import grads
+    from dataflex.influence.scores import read_scores
     from dataflex.influence.scoring import score
     from dataflex.influence.selection import select
+    from dataflex.inspection import inspect
     from dataflex.merging import merge
     from dataflex.reporting.run import report
     from dataflex.store.reader import open_store
@@ -25,6 +28,7 @@ if TYPE_CHECKING:  # HOMES, for editors and type checkers
     __version__: str
 
 __all__ = [
+    "Console",
     "RunConfig",
     "__version__",
     "bench",
@@ -32,10 +36,12 @@ __all__ = [
     "dynamic",
     "evaluate",
     "grads",
+    "inspect",
     "load_config",
     "load_examples",
     "merge",
     "open_store",
+    "read_scores",
     "report",
     "score",
     "select",
@@ -60,6 +66,9 @@ HOMES = {
     "compare": "dataflex.comparison.run",
     "report": "dataflex.reporting.run",
     "bench": "dataflex.benchmark",
+    "inspect": "dataflex.inspection",
+    "read_scores": "dataflex.influence.scores",
+    "Console": "dataflex.commands.console",
 }
 
 

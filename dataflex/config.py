@@ -439,6 +439,26 @@ class RunConfig(BaseModel):
             raise ValueError("\n".join(problems))  # a problem a line
         return self
 
+    def __repr__(self) -> str:
+        """The keys that are set, a line for each part of a result that they decide. Secrets are left out."""
+        from dataflex.key_list import HEADINGS
+        from dataflex.masking import masked
+
+        values = masked(values_of(self, [key for key in MARKS if key != "training_arguments"]))
+        lines = []
+        for decides, heading in HEADINGS.items():
+            own = [
+                f"{key}={value!r}"
+                for key, value in values.items()
+                if MARKS[key].decides is decides
+                and (key in self.model_fields_set or (key not in RunConfig.model_fields and value is not None))
+            ]
+            if own:
+                lines.append(f"  {heading}: {', '.join(own)}")
+        return "\n".join(["RunConfig", *lines])
+
+    __str__ = __repr__
+
     def changed(self, **changes: Any) -> RunConfig:
         """A copy with some keys set anew and checked again."""
         return RunConfig.model_validate({**self.model_dump(exclude_unset=True), **changes})

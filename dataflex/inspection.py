@@ -29,7 +29,7 @@ ADAPTER, ADAPTER_CONFIG, MOMENTS, RUN = (
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
-@dataclass
+@dataclass(repr=False)
 class Inspection:
     """The findings."""
 
@@ -48,13 +48,25 @@ class Inspection:
     def whole(self) -> bool:
         return not self.problems
 
+    def __repr__(self) -> str:
+        """A line for each finding, and the first row with what is learned in brackets."""
+        lines = [f"{self.kind} {self.name}: {'whole' if self.whole else 'not whole'}"]
+        lines += [f"  {key.replace('_', ' ')}: {value}" for key, value in {**self.facts, **(self.data or {})}.items()]
+        lines += [f"  problem: {problem}" for problem in self.problems]
+        if self.example is not None:
+            spans = (f"⟦{span['text']}⟧" if span["supervised"] else span["text"] for span in self.example["spans"])
+            lines += [f"row {self.example['row']} of {self.example['dataset']}; ⟦…⟧ is learned", "".join(spans)]
+        return "\n".join(lines)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values, without what was not looked for."""
         values = {key: value for key, value in asdict(self).items() if value is not None}
         return {"kind": values.pop("kind"), "name": values.pop("name"), "whole": self.whole, **values}
 
 
-def inspect(config: RunConfig, target: str, progress: Progress = SILENT, keep: bool = True) -> Inspection:
+def inspect(
+    target: str | Path, config: RunConfig | None = None, progress: Progress = SILENT, keep: bool = True
+) -> Inspection:
     """Say what `target` is: a path, or names in `dataset_dir`'s dataset_info.json by comma.
 
     Datasets are encoded as a run with `config` would where it names a model; else their records are read. `keep`
@@ -63,7 +75,7 @@ def inspect(config: RunConfig, target: str, progress: Progress = SILENT, keep: b
     Raises:
         UsageError: there is nothing of that name, it is of no kind known here, or it cannot be read.
     """
-    path = Path(target)
+    path, target, config = Path(target), str(target), config or RunConfig()
     if path.is_dir():
         return _inspect_folder(path)
     if path.is_file():

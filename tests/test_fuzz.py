@@ -100,7 +100,7 @@ COMMANDS: dict[str, Callable[[Ground, Path], object]] = {
         ground.config(folder, adapter_name_or_path=folder / "done/checkpoint-4", output_dir=folder / "new", max_steps=1)
     ),
     "resume": lambda ground, folder: dataflex.warmup(ground.config(folder, output_dir=folder / "half")),
-    "inspect": lambda ground, folder: inspect(ground.config(folder), str(folder / "half")),
+    "inspect": lambda ground, folder: inspect(folder / "half", ground.config(folder)),
 }
 MODEL = ("grads", "merge", "train")
 ADAPTER = ("grads", "merge", "train")

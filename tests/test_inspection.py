@@ -21,7 +21,7 @@ ROWS = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": None
 
 
 def look(target: object, **keys: object) -> Inspection:
-    return inspect(RunConfig(**keys), str(target))
+    return inspect(target, RunConfig(**keys))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 DIGEST = b"dataflex.digest"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Example:
     """One row, ready for the model.
 
@@ -40,6 +40,12 @@ class Example:
     labels: list[int]
     subtask: str | None
     dataset: str
+
+    def __repr__(self) -> str:
+        """Whose row it is and how long, without its hundreds of numbers."""
+        learned = sum(label != UNSUPERVISED for label in self.labels)
+        subtask = f", subtask {self.subtask!r}" if self.subtask is not None else ""
+        return f"<row {self.row} of {self.dataset!r}{subtask}: {len(self.input_ids)} tokens, {learned} learned>"
 
 
 @dataclass(frozen=True, slots=True)

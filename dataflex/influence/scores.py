@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,16 +22,20 @@ from dataflex.data.rows import dataset_columns, row_numbers
 from dataflex.errors import DataflexError, UsageError
 from dataflex.files import read_jsonl, scratch_array, write_jsonl
 
+if TYPE_CHECKING:
+    import pandas
+
 MIN_HELD = 1024
 """The fewest indices that a turn's order holds at a time."""
 
 MAX_ROW = (1 << 63) - 1
 
+SHOWN = 5  # of the best rows
 ONE_SUBTASK = "all"
 """The name of the only subtask where validation rows name none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """Scores of N rows, in row order."""
 
@@ -42,6 +47,20 @@ class Scores:
     """[N] float64 for each subtask: Σ_i η̄_i · mean cosine."""
     dataset: list[str] | None = None
     """Each row's dataset, where several were named."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """A line a row, in row order: `row`, `dataset` where several were named, `score`, and a column a subtask."""
+        import pandas
+
+        columns: dict[str, Any] = {"row": self.row}
+        if self.dataset is not None:
+            columns["dataset"] = self.dataset
+        return pandas.DataFrame({**columns, "score": self.score, **self.subtasks})
+
+    def __repr__(self) -> str:
+        """How many rows, and the best of them as a table."""
+        best = self.to_pandas().sort_values("score", ascending=False, kind="stable").head(SHOWN)
+        return f"Scores of {len(self.row)} rows; the best are\n{best.to_string(index=False)}"
 
 
 def normalise_weights(weights: Sequence[float]) -> list[float]:

@@ -15,6 +15,8 @@ from dataflex.errors import UsageError
 from dataflex.store.layout import FORMAT, VERSION, FileLayout, ReferenceSum, header_checksum, row_checksums
 from dataflex.store.manifest import Manifest
 
+SHOWN = ("split", "gradient_type", "adam_formula", "projector", "step", "learning_rate", "template")
+"""What a store came from, as its `repr` tells it."""
 TILE_FLOATS = 1 << 20  # 4 MiB of float32
 WRITTEN = np.dtype([("row", np.int64), ("done", np.uint8), ("norm", np.float32), ("checksum", np.uint64)])
 
@@ -66,6 +68,12 @@ class GradientStore:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    def __repr__(self) -> str:
+        """Its shape and what it came from."""
+        shown = self.manifest.summary()
+        origin = ", ".join(f"{name} {shown[name]}" for name in SHOWN if name in shown)
+        return f"GradientStore {self.path}: {len(self)} rows of {self.dim} {self.manifest.store_dtype}; {origin}"
 
     @property
     def dim(self) -> int:

@@ -9,8 +9,9 @@ tool calls; three of these kinds are the target in turn, with 8 other rows. Each
 pass, two rows a step, and is measured on 24 further rows of the target's kind, which are the same for all seeds. A seed
 draws another pool and another target, trains another warm-up and begins from other LoRA weights. SmolLM2-135M-Instruct,
 LoRA rank 16, 96 tokens. The arm oracle takes rows of the target's own kind. Prints the loss against random rows with
-95% intervals over seeds and held-out rows, and the share of the gap between random and oracle that is closed. What is
-done is read from --folder.
+95% intervals over seeds and held-out rows, and the share of the gap between random and oracle that is closed. A
+comparison under way goes on in --folder. Each held-out row's loss is kept in training_losses.json beside this script;
+what stands there is not measured again, unless with --anew.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import dataflex
 from dataflex.comparison.arms import ALL, file_name
 from dataflex.comparison.figures import paired_difference
 from dataflex.config import RunConfig
+from dataflex.files import write_text
+from dataflex.locks import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for oracle:Oracle
 
@@ -42,6 +45,8 @@ TARGETS = ("en", "zh", "tools")
 POOL, TARGET, HELD_OUT = 24, 8, 24
 ORACLE = "oracle:Oracle"
 SELECTORS = ["less", "less-contrast-rds", "rds", "bm25", ORACLE]
+KEPT = Path(__file__).with_name("training_losses.json")
+"""Losses of held-out rows by kind of budget, target, seed and arm."""
 RATES = [5e-4, 2e-3]
 TUNED = {"en": 5e-4, "zh": 5e-4, "tools": 2e-3}  # by --tune: the rate at which random rows help most
 
@@ -133,17 +138,37 @@ def tune(root: Path, seeds: list[int]) -> None:
         print(f"| {rate:g} | {' | '.join(f'{value:+.3f}' for value in row)} | {np.mean(row):+.3f} |", flush=True)
 
 
-def compare(root: Path, seeds: list[int], by: str) -> None:
+def kept_losses() -> dict[str, Any]:
+    """What training_losses.json holds."""
+    return json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.exists() else {}
+
+
+def keep_losses(root: Path, by: str, target: str, seed: int, losses: dict[str, np.ndarray]) -> None:
+    """Add the losses of one comparison to training_losses.json, to which another process may add as well."""
+    with Lock(root / "losses.lock", wait=True):
+        kept = kept_losses()
+        rounded = {arm: np.round(values, 5).tolist() for arm, values in losses.items()}
+        kept.setdefault(by, {}).setdefault(target, {})[str(seed)] = rounded
+        write_text(KEPT, json.dumps(kept, sort_keys=True).replace("}, ", "},\n").replace("], ", "],\n") + "\n")
+
+
+def compare(root: Path, seeds: list[int], by: str, anew: bool) -> None:
     """Print the table of arms for each target."""
     of_target: dict[str, list[dict[str, np.ndarray]]] = {target: [] for target in TARGETS}
     for seed in seeds:  # outermost, so that what is done when the script is stopped covers every target
         folder = root / f"data-{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_data(folder, seed)
         for target, by_seed in of_target.items():
+            kept = kept_losses().get(by, {}).get(target, {}).get(str(seed))
+            if kept is not None and not anew:
+                by_seed.append({arm: np.array(losses) for arm, losses in kept.items()})
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            write_data(folder, seed)
             rate = TUNED[target]
             output = str(root / f"{target}-{seed}-{rate:g}")
-            by_seed.append(measured(configure(folder, target, seed, rate, selectors=SELECTORS, by=by, output=output)))
+            losses = measured(configure(folder, target, seed, rate, selectors=SELECTORS, by=by, output=output))
+            keep_losses(root, by, target, seed, losses)
+            by_seed.append(losses)
     closed: dict[str, list[float]] = {}
     for target, by_seed in of_target.items():
         losses = {arm: np.stack([found[arm] for found in by_seed]) for arm in by_seed[0]}
@@ -173,12 +198,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--by", choices=["rows", "tokens"], default="rows")
+    parser.add_argument("--anew", action="store_true", help="measure what training_losses.json holds as well")
     parser.add_argument("--folder", type=Path, default=Path("saves/evidence/training"))
     arguments = parser.parse_args()
     if arguments.tune:
         tune(arguments.folder, arguments.seeds)
     else:
-        compare(arguments.folder, arguments.seeds, arguments.by)
+        compare(arguments.folder, arguments.seeds, arguments.by, arguments.anew)
 
 
 if __name__ == "__main__":

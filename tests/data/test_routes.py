@@ -111,7 +111,7 @@ def answers(folder: Path, path: Path, tokenizer) -> dict[str, list]:
     assert (found.formatting, found.columns) == (source.formatting, source.columns)
     records = read_records(source)
     everything = list(range(len(records)))
-    looked_at = inspect(config, str(path))
+    looked_at = inspect(path, config)
     split = load_split(config, tokenizer, keep=False)
     taken, _ = take_records([source], everything)
     write_jsonl(folder / "subset.jsonl", subset_records(list(taken.values()), everything))

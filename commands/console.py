@@ -195,6 +195,13 @@ class Console:
             table.add_row(*[Text(_shown(value)) for value in row])
         self.err.print(table)
 
+    def lines(self, title: str, lines: Sequence[str]) -> None:
+        """Lines under a title, each cut at the width of the terminal."""
+        self.err.print(title, style="bold", markup=False)
+        for line in lines:
+            self.err.print(f" {line}", markup=False, no_wrap=True, overflow="ellipsis", crop=True)
+        self.err.print()
+
     def facts(self, title: str, facts: Mapping[str, Any]) -> None:
         """Names and values under a title."""
         self.table(title, [], list(facts.items()))

@@ -29,6 +29,10 @@ def inspect(
     dataset_dir: s.DatasetDir = None,
     template: s.Template = None,
     cutoff_len: s.CutoffLen = None,
+    data: Annotated[list[str] | None, s.option("data", "--data")] = None,
+    plot: Annotated[
+        str | None, typer.Option("--plot", metavar="FILE", help="Draw the histogram of scores: .png, .svg or .pdf.")
+    ] = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,
     quiet: s.Quiet = False,
@@ -37,16 +41,21 @@ def inspect(
     """Say what a file, folder or dataset is, and whether it is whole.
 
     With a model, from CONFIG or --model, a dataset is shown as the model will see it: how long its rows are, what
-    is truncated or dropped and why, and one row with the tokens that are learned in colour.
+    is truncated or dropped and why, and one row with the tokens that are learned in colour. Of scores the best and the
+    worst rows are shown as text where CONFIG or --data names the datasets that they score.
     """
     options = {
         "model_name_or_path": model,
         "dataset_dir": dataset_dir,
         "template": template,
         "cutoff_len": cutoff_len,
+        "data": data,
         "overwrite": overwrite,
     }
     with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
+        from dataflex.data.catalog import find_sources
+        from dataflex.errors import UsageError
+        from dataflex.files import check_output_file
         from dataflex.inspection import inspect as look
 
         console = session.console
@@ -57,13 +66,25 @@ def inspect(
         if found.kind == "scores":
             from dataflex.influence.scores import read_scores
 
-            show_scores(console, "scores", read_scores(target))
+            scores = read_scores(target)
+            names = session.config.data or session.config.dataset
+            sources = find_sources(names, session.config.dataset_dir) if names else []
+            show_scores(console, "scores", scores, sources=sources)
+            if plot is not None and not dry_run:
+                from dataflex.reporting.plots import save_score_histogram
+                from dataflex.reporting.scores import figures_of_scores
+
+                check_output_file(plot, overwrite)
+                save_score_histogram(figures_of_scores(scores, None), plot)
+        elif plot is not None:
+            raise UsageError(f"--plot draws scores, and {target} is a {found.kind}; name a score file or a selection")
         if found.data is not None and found.example is not None:
             show_data(console, {found.kind: {**found.data, "example": found.example}})
         for problem in found.problems:
             console.warning(problem)
         state = "whole" if found.whole else "not whole"
-        console.result([f"{found.name}: {found.kind}, {state}"], {"command": "inspect", **found.as_dict()})
+        written = {"plot": plot} if plot is not None else {}
+        console.result([f"{found.name}: {found.kind}, {state}"], {**written, "command": "inspect", **found.as_dict()})
 
 
 def _text(value: object) -> object:

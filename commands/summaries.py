@@ -10,15 +10,23 @@ import numpy as np
 from dataflex.commands.console import Console
 
 if TYPE_CHECKING:
+    from dataflex.data.records import Source
     from dataflex.influence.scores import Scores
 
 BARS = " ▁▂▃▄▅▆▇█"
 MOST_SHOWN = 5
 
 
-def show_scores(console: Console, title: str, scores: Scores, chosen: Sequence[int] | None = None) -> None:
+def show_scores(
+    console: Console,
+    title: str,
+    scores: Scores,
+    chosen: Sequence[int] | None = None,
+    sources: Sequence[Source] = (),
+) -> None:
     """A line a dataset: rows, how many are `chosen`, lowest, median and best score, and a histogram from the lowest to
-    the best score of all rows; then the best rows."""
+    the best score of all rows; then the best rows, or the best and the worst as text where their `sources` are
+    given."""
     from dataflex.influence.scores import ranking
 
     names = np.array(scores.dataset or ["rows"] * len(scores.row), dtype=object)
@@ -31,9 +39,25 @@ def show_scores(console: Console, title: str, scores: Scores, chosen: Sequence[i
         table.append([name, len(own), *picked, low, middle, high, histogram(own, edges)])
     counts = ["rows", "selected"] if chosen is not None else ["rows"]
     console.table(title, ["dataset", *counts, "lowest", "median", "best", "from the lowest to the best score"], table)
+    if sources:
+        _show_text(console, scores, sources)
+        return
     best = ranking(scores.row, scores.score)[:MOST_SHOWN] if chosen is None else list(chosen)[:MOST_SHOWN]
     rows: list[list[Any]] = [[int(scores.row[i]), names[i], float(scores.score[i])] for i in best]
     console.table("the best rows", ["row", "dataset", "score"], rows)
+
+
+def _show_text(console: Console, scores: Scores, sources: Sequence[Source]) -> None:
+    """The best and the worst rows as text, a line each that is cut at the width of the terminal."""
+    from dataflex.reporting.scores import best_and_worst, rows_as_text
+
+    best, worst = best_and_worst(scores)
+    for title, indices in (("the best rows", best), ("the worst rows", worst)):
+        lines = []
+        for entry in rows_as_text(scores, indices[:MOST_SHOWN], None, sources, console):
+            text = " → ".join(" ".join(turn["text"].split()) for turn in entry.get("turns", []))
+            lines.append(f"{entry['row']:>7}  {entry['score']:7.4f}  {text}")
+        console.lines(title, lines)
 
 
 def histogram(values: np.ndarray, edges: np.ndarray) -> str:

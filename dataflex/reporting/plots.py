@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dataflex.errors import UsageError
 from dataflex.reporting.scores import OTHERS
 from dataflex.training.plots import smooth
 
@@ -96,12 +98,32 @@ def loss_curve(facts: Mapping[str, Any]) -> str:
 def score_histogram(made: Mapping[str, Any]) -> str:
     """How many rows of each dataset have which score."""
     figure, axes = _figure()
+    _draw_histogram(axes, made, SERIES)
+    return _as_svg(figure, "histogram of the scores by dataset")
+
+
+def save_score_histogram(made: Mapping[str, Any], path: str | Path) -> None:
+    """Write `score_histogram` as a picture by itself, of the format that the name of `path` ends with.
+
+    Raises:
+        UsageError: no such format.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    formats = figure.canvas.get_supported_filetypes()
+    if Path(path).suffix.lower().lstrip(".") not in formats:
+        raise UsageError(f"plot {path}: no format of that name; end it with .png, .svg or .pdf")
+    _draw_histogram(figure.subplots(), made, [f"C{number}" for number in range(len(SERIES))])
+    figure.savefig(path)
+
+
+def _draw_histogram(axes: Axes, made: Mapping[str, Any], colours: Sequence[str]) -> None:
     edges = np.array(made["histogram"]["edges"])
-    for number, (name, counts) in enumerate(made["histogram"]["datasets"].items()):
-        axes.stairs(counts, edges, color=SERIES[number], fill=False, linewidth=1.4, label=_plain(name))
+    for colour, (name, counts) in zip(colours, made["histogram"]["datasets"].items(), strict=False):
+        axes.stairs(counts, edges, color=colour, fill=False, linewidth=1.4, label=_plain(name))
     axes.set(xlabel="score", ylabel="rows")
     axes.legend(frameon=False, fontsize=8)
-    return _as_svg(figure, "histogram of the scores by dataset")
 
 
 def picked_shares(picked: Sequence[Mapping[str, int]], labels: Sequence[str], what: str) -> str:

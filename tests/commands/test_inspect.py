@@ -65,6 +65,28 @@ def test_what_is_wrong_is_said_and_exits_as_usage(bench: Path, cli) -> None:
     assert "warning: moments.safetensors is missing" in result.stderr
 
 
+def test_scores_are_shown_with_their_rows_and_drawn(bench: Path, cli) -> None:
+    result = cli("inspect", "scores.jsonl", "run.yaml", "--plot", "scores.png")
+    assert result.exit_code == 0, result.stderr
+    assert Path("scores.png").read_bytes().startswith(b"\x89PNG")
+    lines = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
+    best = max(lines, key=lambda line: (line["score"], -line["row"]))
+    record = json.loads(Path("data/alpaca.json").read_text())[best["row"]]
+    said = result.stderr[result.stderr.rindex("the best rows") : result.stderr.rindex("the worst rows")]
+    assert f"{best['row']}  {best['score']:7.4f}  {record['instruction'].split()[0]}" in said.splitlines()[1]
+    assert max(map(len, said.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("target", "plot", "message"),
+    [("scores.jsonl", "scores.xyz", "no format of that name"), ("train.h5", "rows.png", "is a store")],
+)
+def test_what_cannot_be_drawn_is_refused(target: str, plot: str, message: str, bench: Path, cli) -> None:
+    result = cli("inspect", target, "--plot", plot)
+    assert result.exit_code == 2 and message in result.stderr
+    assert not Path(plot).exists()
+
+
 @pytest.mark.parametrize("coloured", [True, False])
 def test_learned_text_stands_out(coloured: bool) -> None:
     console = Console()

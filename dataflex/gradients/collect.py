@@ -21,7 +21,7 @@ from dataflex.fingerprints import base_model_fingerprint, live_adapter_fingerpri
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import batches_of, name_bad_rows, project_rows
-from dataflex.gradients.probe import check_capture
+from dataflex.gradients.probe import TRYING, check_capture
 from dataflex.gradients.reference import reference_weights
 from dataflex.keys import Decides, select_keys
 from dataflex.lora import lora_pairs
@@ -86,6 +86,7 @@ def prepare_grads(config: RunConfig, plan: Plan, progress: Progress = SILENT) ->
     note_peak(plan, sizes, note_gradient_pass(config, plan, sizes, [split]))
     plan.needs_weights(config, sizes.base)
     capture = checkpoint_capture(config, checkpoint, tokenizer.pad_token_id)
+    progress.say(TRYING)
     check_capture(capture, split.examples, progress)
     if path.exists() and not config.overwrite:
         manifest = manifest_of(config, capture, split, config.split, moments, progress, keep=not plan.dry_run)

@@ -35,6 +35,10 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.25}
 MAX_SWITCHES = 3
 
 
+TRYING = "trying the model: which rows may share a batch, and the gradients of two rows"
+"""What is said before `check_capture` by whoever has a reader: it takes seconds."""
+
+
 def check_gradients(
     model: torch.nn.Module,
     dtype: torch.dtype,

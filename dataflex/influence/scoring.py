@@ -15,7 +15,7 @@ from dataflex.data.rows import supervised_tokens
 from dataflex.gradients.capture import Capture
 from dataflex.gradients.collect import checkpoint_capture, manifest_of
 from dataflex.gradients.direction import make_direction
-from dataflex.gradients.probe import check_capture
+from dataflex.gradients.probe import TRYING, check_capture
 from dataflex.gradients.reference import reference_weights
 from dataflex.influence.exact import exact_cosines
 from dataflex.influence.pairs import open_weighted
@@ -152,6 +152,7 @@ def _prepare_exact(config: RunConfig, plan: Plan, progress: Progress) -> ExactSc
             make_direction(gradient_type, config.adam_formula, held, of_checkpoint.slots)
     plan.needs_weights(config, sizes[0].base)
     first = checkpoint_capture(config, checkpoints[0], tokenizer.pad_token_id)
+    progress.say(TRYING)
     check_capture(first, splits["train"].examples, progress)
     return ExactScoring(config, first, splits["train"], splits["eval"], moments, weights)
 

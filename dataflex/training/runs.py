@@ -23,7 +23,7 @@ from dataflex.cost import training_memory
 from dataflex.data.examples import Split, dated
 from dataflex.files import check_room
 from dataflex.fingerprints import adapter_fingerprint, base_model_fingerprint
-from dataflex.gradients.probe import check_gradients, is_shared_out
+from dataflex.gradients.probe import TRYING, check_gradients, is_shared_out
 from dataflex.model import add_lora, compute_dtype, load_adapter, load_frozen_model, on_device
 from dataflex.needs import check_needs
 from dataflex.origin import Origin, origin
@@ -65,6 +65,7 @@ class Run:
     def check_gradients(self) -> None:
         """Raise a UsageError if gradients of single rows cannot be taken of the model."""
         dtype, pad_token_id = compute_dtype(self.config), self.tokenizer.pad_token_id
+        self.progress.say(TRYING)
         check_gradients(self.model, dtype, pad_token_id, self.train.examples, self.progress)
 
 

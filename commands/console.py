@@ -123,7 +123,7 @@ class Console:
 
     @contextlib.contextmanager
     def _shown_task(self, description: str, total: int, unit: str) -> Iterator[_Bar | _Count]:
-        if not self.err.is_terminal or self.quiet:
+        if not self.err.is_terminal or self.err.is_dumb_terminal or self.quiet:
             count = _Count(self, description, total, unit)
             yield count
             seconds = time.monotonic() - count.started

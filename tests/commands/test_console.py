@@ -47,6 +47,16 @@ def test_without_a_terminal_a_long_task_says_where_it_is(monkeypatch, capfd) -> 
     assert capfd.readouterr().err == ""
 
 
+def test_a_terminal_that_moves_no_cursor_gets_lines_as_well(monkeypatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(printed, "EVERY", 0.0)
+    shown, said = Console(), io.StringIO()
+    shown.err = RichConsole(force_terminal=True, width=80, file=said)
+    with shown.task("training", 4, "steps") as task:
+        task.advance()
+    assert said.getvalue().startswith("training: 1/4 steps") and "\x1b" not in said.getvalue()
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_bar_is_one_line(width: int, monkeypatch) -> None:
     monkeypatch.setenv("TERM", "xterm")

@@ -7,6 +7,7 @@ import datetime
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -207,10 +208,12 @@ class Console:
         self.table(title, [], list(facts.items()))
 
     def result(self, paths: Sequence[Any], facts: dict[str, Any]) -> None:
-        """The result: one path a line, or `facts` as one JSON object. Of several processes the first prints it."""
+        """The result: one path a line, or `facts` as one JSON object, in which `written` are those paths. Of several
+        processes the first prints it."""
         if not self.first:
             return
-        lines = [json_of_figures(facts)] if self.as_json else paths
+        written = [str(path) for path in paths if isinstance(path, Path)]
+        lines = [json_of_figures({**facts, "written": written} if written else facts)] if self.as_json else paths
         for line in lines:
             print(line, file=self.out, flush=True)
 

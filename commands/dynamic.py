@@ -52,7 +52,8 @@ def dynamic(
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         _show(session.console, folder, run)
         session.next("eval", s.CONFIG, "--adapter", folder, "-o", folder / "eval.json")
-        session.console.result([folder], {"command": "dynamic", "output_dir": str(folder), **run})
+        facts = {key: value for key, value in run.items() if key != "losses_of_others"}  # a value a row
+        session.console.result([folder], {"command": "dynamic", "output_dir": str(folder), **facts})
 
 
 def _show(console: Console, folder: Path, run: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from dataflex.commands import session as s
 from dataflex.commands.planned import show_plan
@@ -58,7 +58,7 @@ def eval(
         columns += [key for key in ("exact", "normalised", "math") if key in found]
         table = [[name, *[part[key] for key in columns]] for name, part in [*parts, ("all", found)]]
         session.console.table("held-out rows", ["", *[key.replace("_", " ") for key in columns]], table)
-        written: list[Any] = [path, session.config.rows] if session.config.rows else [path]
+        written = [path, Path(session.config.rows)] if session.config.rows else [path]
         if session.config.export == "dataflow":
             written += export_paths(session.config)
             session.console.next(f"cd {shlex.quote(str(written[-1].parent))} && dataflow eval local")

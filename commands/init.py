@@ -33,4 +33,6 @@ def init(
 
         written = write(folder, model or MODEL, overwrite=overwrite, dry_run=dry_run)
         session.next("dynamic", Path(folder) / "run.yaml", "--dry-run")
-        session.console.result(written, {"command": "init", "written": [str(path) for path in written]})
+        if dry_run:
+            return session.console.result([str(path) for path in written], {"command": "init", "dry_run": True})
+        session.console.result(written, {"command": "init"})

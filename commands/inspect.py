@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -83,8 +84,10 @@ def inspect(
         for problem in found.problems:
             console.warning(problem)
         state = "whole" if found.whole else "not whole"
-        written = {"plot": plot} if plot is not None else {}
-        console.result([f"{found.name}: {found.kind}, {state}"], {**written, "command": "inspect", **found.as_dict()})
+        said: list[str | Path] = [f"{found.name}: {found.kind}, {state}"]
+        if plot is not None and not dry_run:
+            said.append(Path(plot))
+        console.result(said, {"command": "inspect", **found.as_dict()})
 
 
 def _text(value: object) -> object:

@@ -53,4 +53,4 @@ def report(
         if found.get("verdict"):
             session.console.say(found["verdict"])
         written = [page, page.with_suffix(".json")]
-        session.console.result(written, {"command": "report", "written": [str(path) for path in written]})
+        session.console.result(written, {"command": "report"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -207,3 +208,28 @@ def wait_for_rows(process: subprocess.Popen[str], path: Path, rows: int) -> None
                     return
         time.sleep(0.005)
     pytest.fail(f"not {rows} rows in two minutes")
+
+
+FURTHER = {
+    "inspect": "inspect train.h5",
+    "report": "report scores.jsonl run.yaml",
+    "bench": "bench run.yaml",
+    "env": "env",
+    "init": "init started",
+    "keys": "keys seed",
+}
+
+
+@pytest.mark.parametrize("name", [*RUNS, *FURTHER])
+def test_json_has_the_keys_that_the_page_names(name: str, bench: Path, cli, repo: Path):
+    lines = (repo / "docs" / "scripting.md").read_text(encoding="utf-8").splitlines()
+    command, *rest = {**RUNS, **FURTHER}[name].split()
+    line = next(line for line in lines if line.startswith(f"| `{command}` |"))
+    keys = {"keys"} if command == "keys" else set(re.findall(r"`(\w+)`", line)) - {command}
+    if command == "inspect":
+        keys -= {"data", "example"}
+    result = cli(command, *rest, "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found.keys() - {"command", "written"} == keys
+    assert all(Path(path).exists() for path in found.get("written", []))

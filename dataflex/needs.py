@@ -20,6 +20,7 @@ from dataflex.data.templates import find_template
 from dataflex.errors import UsageError
 from dataflex.evaluation.dataflow import check_export
 from dataflex.evaluation.lm_eval import check_tasks
+from dataflex.evaluation.row_log import log_path
 from dataflex.files import check_output_dir, check_output_file
 from dataflex.influence.pairs import open_weighted
 from dataflex.model_files import check_weights
@@ -161,8 +162,10 @@ def _check_bench(config: RunConfig) -> None:
 
 def _check_eval(config: RunConfig) -> None:
     require(config, "eval", *([] if config.held_out else ["eval_dataset"]))
+    # what an evaluation that was killed while it wrote has left is its own to replace
+    under_way = log_path(Path(needed(config.output))).exists()
     for path in filter(None, (config.output, config.rows)):
-        check_output_file(path, config.overwrite)
+        check_output_file(path, config.overwrite or under_way)
     if config.rows is not None and Path(config.rows).absolute() == Path(needed(config.output)).absolute():
         raise UsageError(f"output and rows both name {config.rows}; name another file for rows")
     if config.export is not None:

@@ -146,12 +146,10 @@ class Pieces:
     def _evaluate(self, result: Path, **changes: Any) -> np.ndarray:
         rows = result.with_suffix(".rows.jsonl")
         # that no held-out row was trained on has been looked at
-        own = self.config.changed(output=str(result), rows=str(rows), overwrite=False, allow_overlap=True, **changes)
+        files = {"output": str(result), "rows": str(rows), "overwrite": False, "export": None}
+        own = self.config.changed(**files, allow_overlap=True, **changes)
         if "max_new_tokens" not in own.model_fields_set:
             own = own.changed(max_new_tokens=0)
-        if processes.rank() == 0:
-            rows.unlink(missing_ok=True)  # of an evaluation that was killed while it wrote
-        processes.barrier()
         with self.watch.phase("evaluation"):
             evaluate(own, self.progress)
         return self._losses(result)

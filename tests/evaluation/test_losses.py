@@ -101,6 +101,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(config: RunConfig, adapte
     log = tmp_path / "eval.json.partial"
     with open(log, "a") as handle:
         handle.write('{"index": 3, "lo')  # a line that was cut off
+    (tmp_path / "eval.jsonl").write_text("of a command that was killed while it wrote")
     with pytest.raises(UsageError, match="another evaluation: adapter"):
         dataflex.evaluate(killed.changed(adapter_name_or_path=[adapter]))
     rows_of(config, tmp_path)

@@ -3,20 +3,23 @@
     .venv/bin/python examples/evidence/training.py --tune                 # the learning rate, on the random arm alone
     .venv/bin/python examples/evidence/training.py --seeds 1 2 3 4 5      # the arms, by rows
     .venv/bin/python examples/evidence/training.py --seeds 1 2 3 4 5 --by tokens
+    .venv/bin/python examples/evidence/training.py --seeds 1 2 3 --targets bbh   # no kind of the pool
 
 A pool of 24 rows each of general instructions in English and in Chinese, of questions about the model's identity and of
 tool calls; three of these kinds are the target in turn, with 8 other rows. Each arm trains on a fifth of the pool, one
 pass, two rows a step, and is measured on 24 further rows of the target's kind, which are the same for all seeds. A seed
 draws another pool and another target, trains another warm-up and begins from other LoRA weights. SmolLM2-135M-Instruct,
-LoRA rank 16, 96 tokens. The arm oracle takes rows of the target's own kind. Prints the loss against random rows with
-95% intervals over seeds and held-out rows, and the share of the gap between random and oracle that is closed. A
-comparison under way goes on in --folder. Each held-out row's loss is kept in training_losses.json beside this script;
-what stands there is not measured again, unless with --anew.
+LoRA rank 16, 96 tokens. The arm oracle takes rows of the target's own kind. The target bbh is the examples with chains
+of thought that the package lm-eval has for its tasks BIG-bench Hard. Prints the loss against random rows with 95%
+intervals over seeds and held-out rows, and the share of the gap between random and oracle that is closed. A comparison
+under way goes on in --folder. Each held-out row's loss is kept in training_losses.json beside this script; what stands
+there is not measured again, unless with --anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import random
 import sys
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 import dataflex
 from dataflex.comparison.arms import ALL, file_name
@@ -42,13 +46,14 @@ KINDS = {
     "tools": "glaive_toolcall_en_demo",
 }
 TARGETS = ("en", "zh", "tools")
+OUTSIDE = "bbh"
 POOL, TARGET, HELD_OUT = 24, 8, 24
 ORACLE = "oracle:Oracle"
 SELECTORS = ["less", "less-contrast-rds", "rds", "bm25", ORACLE]
 KEPT = Path(__file__).with_name("training_losses.json")
 """Losses of held-out rows by kind of budget, target, seed and arm."""
 RATES = [5e-4, 2e-3]
-TUNED = {"en": 5e-4, "zh": 5e-4, "tools": 2e-3}  # by --tune: the rate at which random rows help most
+TUNED = {"en": 5e-4, "zh": 5e-4, "tools": 2e-3, OUTSIDE: 5e-4}  # by --tune: the rate at which random rows help most
 
 
 def write_data(folder: Path, seed: int) -> None:
@@ -70,7 +75,28 @@ def write_data(folder: Path, seed: int) -> None:
         for part, rows in parts.items():
             info[f"{part}_{kind}"] = {**source[name], "file_name": f"{part}_{kind}.json"}
             (folder / f"{part}_{kind}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    records = outside_records()
+    random.Random(0).shuffle(records)
+    others = records[HELD_OUT:]
+    random.Random(f"{seed} {OUTSIDE}").shuffle(others)
+    for part, rows in (("held", records[:HELD_OUT]), ("target", others[:TARGET])):
+        info[f"{part}_{OUTSIDE}"] = {"file_name": f"{part}_{OUTSIDE}.json"}
+        (folder / f"{part}_{OUTSIDE}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+
+
+def outside_records() -> list[dict[str, str]]:
+    """lm-eval's examples for BIG-bench Hard, a question and a chain of thought each."""
+    package = importlib.util.find_spec("lm_eval")
+    if package is None or package.submodule_search_locations is None:
+        return []
+    tasks = Path(package.submodule_search_locations[0]) / "tasks/bbh/cot_fewshot"
+    samples = [
+        sample
+        for path in sorted(tasks.glob("[a-z]*.yaml"))
+        for sample in yaml.safe_load(path.read_text(encoding="utf-8"))["fewshot_config"]["samples"]
+    ]
+    return [{"instruction": sample["input"], "input": "", "output": sample["target"]} for sample in samples]
 
 
 def opening_of(record: dict[str, Any]) -> tuple[str, ...]:
@@ -152,9 +178,9 @@ def keep_losses(root: Path, by: str, target: str, seed: int, losses: dict[str, n
         write_text(KEPT, json.dumps(kept, sort_keys=True).replace("}, ", "},\n").replace("], ", "],\n") + "\n")
 
 
-def compare(root: Path, seeds: list[int], by: str, anew: bool) -> None:
+def compare(root: Path, targets: list[str], seeds: list[int], by: str, anew: bool) -> None:
     """Print the table of arms for each target."""
-    of_target: dict[str, list[dict[str, np.ndarray]]] = {target: [] for target in TARGETS}
+    of_target: dict[str, list[dict[str, np.ndarray]]] = {target: [] for target in targets}
     for seed in seeds:  # outermost, so that what is done when the script is stopped covers every target
         folder = root / f"data-{seed}"
         for target, by_seed in of_target.items():
@@ -166,13 +192,14 @@ def compare(root: Path, seeds: list[int], by: str, anew: bool) -> None:
             write_data(folder, seed)
             rate = TUNED[target]
             output = str(root / f"{target}-{seed}-{rate:g}")
-            losses = measured(configure(folder, target, seed, rate, selectors=SELECTORS, by=by, output=output))
+            arms = [name for name in SELECTORS if target != OUTSIDE or name != ORACLE]
+            losses = measured(configure(folder, target, seed, rate, selectors=arms, by=by, output=output))
             keep_losses(root, by, target, seed, losses)
             by_seed.append(losses)
     closed: dict[str, list[float]] = {}
     for target, by_seed in of_target.items():
         losses = {arm: np.stack([found[arm] for found in by_seed]) for arm in by_seed[0]}
-        to_oracle = paired_difference(losses[ORACLE], losses["random"])
+        to_oracle = paired_difference(losses[ORACLE], losses["random"]) if ORACLE in losses else {"high": 0.0}
         print(f"\n{target}, by {by}, {len(seeds)} seeds: random {losses['random'].mean():.4f}\n")
         print("| arm | loss | against random | 95% interval | seeds below random | of the gap to oracle |")
         print("|---|---|---|---|---|---|")
@@ -188,7 +215,8 @@ def compare(root: Path, seeds: list[int], by: str, anew: bool) -> None:
             interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
             cells = [f"{own.mean():.4f}", f"{found['difference']:+.4f}", interval, f"{wins} of {len(seeds)}"]
             print(f"| {arm.partition(':')[0]} | {' | '.join(cells)} | {share} |", flush=True)
-    print("\n| arm | of the gap, mean over targets that have one |\n|---|---|")
+    if closed:
+        print("\n| arm | of the gap, mean over targets that have one |\n|---|---|")
     for arm, shares in closed.items():
         print(f"| {arm.partition(':')[0]} | {np.mean(shares):.0%} |")
 
@@ -196,6 +224,7 @@ def compare(root: Path, seeds: list[int], by: str, anew: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--targets", nargs="+", choices=[*TARGETS, OUTSIDE], default=[*TARGETS])
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--by", choices=["rows", "tokens"], default="rows")
     parser.add_argument("--anew", action="store_true", help="measure what training_losses.json holds as well")
@@ -204,7 +233,7 @@ def main() -> None:
     if arguments.tune:
         tune(arguments.folder, arguments.seeds)
     else:
-        compare(arguments.folder, arguments.seeds, arguments.by, arguments.anew)
+        compare(arguments.folder, arguments.targets, arguments.seeds, arguments.by, arguments.anew)
 
 
 if __name__ == "__main__":

@@ -49,15 +49,14 @@ def show_scores(
 
 def _show_text(console: Console, scores: Scores, sources: Sequence[Source]) -> None:
     """The best and the worst rows as text, a line each that is cut at the width of the terminal."""
-    from dataflex.reporting.scores import best_and_worst, rows_as_text
+    from dataflex.reporting.scores import best_and_worst_as_text
 
-    best, worst = best_and_worst(scores)
-    for title, indices in (("the best rows", best), ("the worst rows", worst)):
+    for kind, entries in best_and_worst_as_text(scores, None, sources, console, MOST_SHOWN).items():
         lines = []
-        for entry in rows_as_text(scores, indices[:MOST_SHOWN], None, sources, console):
+        for entry in entries:
             text = " → ".join(" ".join(turn["text"].split()) for turn in entry.get("turns", []))
             lines.append(f"{entry['row']:>7}  {entry['score']:7.4f}  {text}")
-        console.lines(title, lines)
+        console.lines(f"the {kind} rows", lines)
 
 
 def histogram(values: np.ndarray, edges: np.ndarray) -> str:

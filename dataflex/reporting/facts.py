@@ -19,7 +19,7 @@ from dataflex.influence.scores import read_scores
 from dataflex.influence.sidecar import read_manifest
 from dataflex.progress import Progress
 from dataflex.provenance import CONFIG_NAME, RunRecord, read_record
-from dataflex.reporting.scores import best_and_worst, figures_of_scores, rows_as_text
+from dataflex.reporting.scores import best_and_worst_as_text, figures_of_scores
 
 NUMBERS = "report.json"
 
@@ -70,9 +70,7 @@ def facts_of_run(folder: Path, progress: Progress) -> dict[str, Any]:
         scores, tokens = table
         config = load_config(folder / CONFIG_NAME)
         sources = find_sources(needed(config.dataset), config.dataset_dir)
-        best, worst = best_and_worst(scores)
-        found["best"] = rows_as_text(scores, best, tokens, sources, progress)
-        found["worst"] = rows_as_text(scores, worst, tokens, sources, progress)
+        found |= best_and_worst_as_text(scores, tokens, sources, progress)
     return found
 
 
@@ -95,15 +93,13 @@ def facts_of_scores(path: Path, config: RunConfig, progress: Progress) -> dict[s
         raise UsageError(f"report of {path} needs data, the datasets that were scored; give --data")
     manifest = read_manifest(path, len(scores.row), progress) or {}
     sources = find_sources(names, config.dataset_dir)
-    best, worst = best_and_worst(scores)
     return {
         "command": "score",
         "name": str(path),
         "selector": manifest.get("selector", "less"),
         "pool": {"rows": len(scores.row)},
         "selections": [{**figures_of_scores(scores, None), "length_correlation": manifest.get("length_correlation")}],
-        "best": rows_as_text(scores, best, None, sources, progress),
-        "worst": rows_as_text(scores, worst, None, sources, progress),
+        **best_and_worst_as_text(scores, None, sources, progress),
         "settings": {key: manifest[key] for key in ("reduce", "normalise", "contrast", "weights") if key in manifest},
         "fingerprints": {"files": manifest.get("files"), **(manifest.get("data") or {})},
     }

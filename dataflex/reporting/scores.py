@@ -41,17 +41,26 @@ def figures_of_scores(scores: Scores, tokens: np.ndarray | None) -> dict[str, An
     }
 
 
-def best_and_worst(scores: Scores) -> tuple[list[int], list[int]]:
-    """Indices of the best rows, best first, and of the worst, worst first; no row is in both."""
+def best_and_worst(scores: Scores, shown: int = SHOWN) -> tuple[list[int], list[int]]:
+    """Indices of the `shown` best rows, best first, and of the worst, worst first; no row is in both."""
     order = ranking(scores.row, scores.score)[: int(np.isfinite(scores.score).sum())]
-    shown = min(SHOWN, len(order) // 2)
+    shown = min(shown, len(order) // 2)
     return order[:shown].tolist(), order[::-1][:shown].tolist()
 
 
-def rows_as_text(
+def best_and_worst_as_text(
+    scores: Scores, tokens: np.ndarray | None, sources: Sequence[Source], progress: Progress, shown: int = SHOWN
+) -> dict[str, list[dict[str, Any]]]:
+    """`best` and `worst`: each row with its score, dataset, supervised tokens and turns, a turn cut at LONGEST_TEXT
+    characters. The sources are read once."""
+    best, worst = best_and_worst(scores, shown)
+    found = _rows_as_text(scores, [*best, *worst], tokens, sources, progress)
+    return {"best": found[: len(best)], "worst": found[len(best) :]}
+
+
+def _rows_as_text(
     scores: Scores, indices: Sequence[int], tokens: np.ndarray | None, sources: Sequence[Source], progress: Progress
 ) -> list[dict[str, Any]]:
-    """Each row with its score, dataset, supervised tokens and turns, cut at LONGEST_TEXT characters a turn."""
     rows = [int(scores.row[index]) for index in indices]
     taken, _ = take_records(sources, rows, expected=int(scores.row.max()) + 1, progress=progress)
     found = []

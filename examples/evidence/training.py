@@ -179,7 +179,7 @@ def keep_losses(root: Path, by: str, target: str, seed: int, losses: dict[str, n
 
 
 def compare(root: Path, targets: list[str], seeds: list[int], by: str, anew: bool) -> None:
-    """Print the table of arms for each target."""
+    """Measure the arms for each target and seed, and print their table."""
     of_target: dict[str, list[dict[str, np.ndarray]]] = {target: [] for target in targets}
     for seed in seeds:  # outermost, so that what is done when the script is stopped covers every target
         folder = root / f"data-{seed}"
@@ -196,29 +196,31 @@ def compare(root: Path, targets: list[str], seeds: list[int], by: str, anew: boo
             losses = measured(configure(folder, target, seed, rate, selectors=arms, by=by, output=output))
             keep_losses(root, by, target, seed, losses)
             by_seed.append(losses)
+    show(of_target, by)
+
+
+def show(of_target: dict[str, list[dict[str, np.ndarray]]], by: str) -> None:
+    """Print a row for each arm: by target its loss against random rows, the 95% interval, and in how many seeds it is
+    lower; then the share of the gap between random and oracle that it closes, the mean over targets that have one."""
+    cells: dict[str, list[str]] = {}
     closed: dict[str, list[float]] = {}
     for target, by_seed in of_target.items():
         losses = {arm: np.stack([found[arm] for found in by_seed]) for arm in by_seed[0]}
         to_oracle = paired_difference(losses[ORACLE], losses["random"]) if ORACLE in losses else {"high": 0.0}
-        print(f"\n{target}, by {by}, {len(seeds)} seeds: random {losses['random'].mean():.4f}\n")
-        print("| arm | loss | against random | 95% interval | seeds below random | of the gap to oracle |")
-        print("|---|---|---|---|---|---|")
+        print(f"{target}, by {by}, {len(by_seed)} seeds: random {losses['random'].mean():.4f}")
         for arm, own in losses.items():
             if arm == "random":
                 continue
             found = paired_difference(own, losses["random"])
             wins = int((own.mean(axis=1) < losses["random"].mean(axis=1)).sum())
-            share = "none there"
+            interval = f"{found['low']:+.3f} to {found['high']:+.3f}"
+            cells.setdefault(arm, []).append(f"{found['difference']:+.3f} ({interval}), {wins} of {len(by_seed)}")
             if to_oracle["high"] < 0:  # a gap that is not told apart from 0 has no share
                 closed.setdefault(arm, []).append(found["difference"] / to_oracle["difference"])
-                share = f"{closed[arm][-1]:.0%}"
-            interval = f"{found['low']:+.4f} to {found['high']:+.4f}"
-            cells = [f"{own.mean():.4f}", f"{found['difference']:+.4f}", interval, f"{wins} of {len(seeds)}"]
-            print(f"| {arm.partition(':')[0]} | {' | '.join(cells)} | {share} |", flush=True)
-    if closed:
-        print("\n| arm | of the gap, mean over targets that have one |\n|---|---|")
-    for arm, shares in closed.items():
-        print(f"| {arm.partition(':')[0]} | {np.mean(shares):.0%} |")
+    print(f"\n| arm | {' | '.join(of_target)} | of the gap |\n|---|{'---|' * (len(of_target) + 1)}")
+    for arm, texts in cells.items():
+        share = f"{np.mean(closed[arm]):.0%}" if arm in closed else "none there"
+        print(f"| {arm.partition(':')[0]} | {' | '.join(texts)} | {share} |")
 
 
 def main() -> None:

@@ -63,6 +63,16 @@ def local_world_size() -> int:
     return number(os.environ, "LOCAL_WORLD_SIZE", 1) if launched() else 1
 
 
+def without_launcher(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment of a process that runs alone, started from one that a launcher may have started."""
+    of_launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {
+        key: value
+        for key, value in environment.items()
+        if key not in of_launcher and not key.startswith("TORCHELASTIC")
+    }
+
+
 def number(environment: Mapping[str, str], name: str, default: int) -> int:
     """A variable as a number; `default` where it is unset or empty.
 

@@ -55,3 +55,9 @@ def test_it_is_read_in_one_place(repo: Path):
 def test_it_needs_no_torch():
     code = "import sys, dataflex.environment; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_process_alone_has_nothing_of_a_launcher():
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x"}
+    assert environment.without_launcher({**launched, "PATH": "/bin"}) == {"PATH": "/bin"}
+    assert not environment.launched(environment.without_launcher(launched))

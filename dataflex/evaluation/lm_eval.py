@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dataflex.config import RunConfig, needed
+from dataflex.environment import without_launcher
 from dataflex.errors import DataflexError, UsageError
 from dataflex.progress import SILENT, Progress
 
@@ -59,7 +59,7 @@ def run_tasks(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
     progress.say(f"running {shlex.join(command)}")
     with tempfile.TemporaryDirectory() as folder, progress.task("lm-eval", 1, "runs") as task:
         arguments = [sys.executable, "-m", *command, "--output_path", folder]
-        done = subprocess.run(arguments, env=_alone(), stdout=sys.stderr, check=False)
+        done = subprocess.run(arguments, env=without_launcher(), stdout=sys.stderr, check=False)
         task.advance(1)  # an interruption that lm-eval was ended by is told here
         if done.returncode != 0:
             raise DataflexError(f"lm-eval ended with exit code {done.returncode}; its own message stands above")
@@ -75,11 +75,3 @@ def metrics_of(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, A
         for metric, value in metrics.items()
         if "," in metric
     ]
-
-
-def _alone() -> dict[str, str]:
-    """The environment of one process, which no launcher started."""
-    of_launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {
-        key: value for key, value in os.environ.items() if key not in of_launcher and not key.startswith("TORCHELASTIC")
-    }

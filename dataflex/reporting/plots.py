@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataflex.errors import UsageError
+from dataflex.files import atomic
 from dataflex.reporting.scores import OTHERS
 from dataflex.training.plots import smooth
 
@@ -103,7 +104,7 @@ def score_histogram(made: Mapping[str, Any]) -> str:
 
 
 def save_score_histogram(made: Mapping[str, Any], path: str | Path) -> None:
-    """Write `score_histogram` as a picture by itself, of the format that the name of `path` ends with.
+    """Write `score_histogram` as a picture by itself, whole or not at all; the name of `path` ends with its format.
 
     Raises:
         UsageError: no such format.
@@ -111,11 +112,12 @@ def save_score_histogram(made: Mapping[str, Any], path: str | Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    formats = figure.canvas.get_supported_filetypes()
-    if Path(path).suffix.lower().lstrip(".") not in formats:
+    kind = Path(path).suffix.lower().lstrip(".")
+    if kind not in figure.canvas.get_supported_filetypes():
         raise UsageError(f"plot {path}: no format of that name; end it with .png, .svg or .pdf")
     _draw_histogram(figure.subplots(), made, [f"C{number}" for number in range(len(SERIES))])
-    figure.savefig(path)
+    with atomic(path, "wb") as handle:
+        figure.savefig(handle, format=kind)
 
 
 def _draw_histogram(axes: Axes, made: Mapping[str, Any], colours: Sequence[str]) -> None:

@@ -66,9 +66,9 @@ def test_what_is_wrong_is_said_and_exits_as_usage(bench: Path, cli) -> None:
 
 
 def test_scores_are_shown_with_their_rows_and_drawn(bench: Path, cli) -> None:
-    result = cli("inspect", "scores.jsonl", "run.yaml", "--plot", "scores.png")
+    result = cli("inspect", "scores.jsonl", "run.yaml", "--plot", "pictures/scores.png")
     assert result.exit_code == 0, result.stderr
-    assert Path("scores.png").read_bytes().startswith(b"\x89PNG")
+    assert Path("pictures/scores.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
     best = max(lines, key=lambda line: (line["score"], -line["row"]))
     record = json.loads(Path("data/alpaca.json").read_text())[best["row"]]

@@ -66,11 +66,13 @@ def inspect(
         console.facts(f"{found.kind} {found.name}", facts)
         if found.kind == "scores":
             from dataflex.influence.scores import read_scores
+            from dataflex.influence.sidecar import read_manifest
 
             scores = read_scores(target)
             names = session.config.data or session.config.dataset
             sources = find_sources(names, session.config.dataset_dir) if names else []
-            show_scores(console, "scores", scores, sources=sources)
+            manifest = read_manifest(Path(target), len(scores.row), console) or {}
+            show_scores(console, "scores", scores, sources=sources, files=manifest.get("files"))
             if plot is not None and not dry_run:
                 from dataflex.reporting.plots import save_score_histogram
                 from dataflex.reporting.scores import figures_of_scores

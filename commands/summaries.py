@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dataflex.commands.console import Console
+from dataflex.errors import UsageError
 
 if TYPE_CHECKING:
     from dataflex.data.records import Source
@@ -23,10 +24,11 @@ def show_scores(
     scores: Scores,
     chosen: Sequence[int] | None = None,
     sources: Sequence[Source] = (),
+    files: str | None = None,
 ) -> None:
     """A line a dataset: rows, how many are `chosen`, lowest, median and best score, and a histogram from the lowest to
     the best score of all rows; then the best rows, or the best and the worst as text where their `sources` are
-    given."""
+    given; `files` is the hash of these when they were scored."""
     from dataflex.influence.scores import ranking
 
     names = np.array(scores.dataset or ["rows"] * len(scores.row), dtype=object)
@@ -40,18 +42,20 @@ def show_scores(
     counts = ["rows", "selected"] if chosen is not None else ["rows"]
     console.table(title, ["dataset", *counts, "lowest", "median", "best", "from the lowest to the best score"], table)
     if sources:
-        _show_text(console, scores, sources)
-        return
+        try:
+            return _show_text(console, scores, sources, files)
+        except UsageError as reason:
+            console.warning(f"no row is shown as text: {reason}")
     best = ranking(scores.row, scores.score)[:MOST_SHOWN] if chosen is None else list(chosen)[:MOST_SHOWN]
     rows: list[list[Any]] = [[int(scores.row[i]), names[i], float(scores.score[i])] for i in best]
     console.table("the best rows", ["row", "dataset", "score"], rows)
 
 
-def _show_text(console: Console, scores: Scores, sources: Sequence[Source]) -> None:
+def _show_text(console: Console, scores: Scores, sources: Sequence[Source], files: str | None) -> None:
     """The best and the worst rows as text, a line each that is cut at the width of the terminal."""
     from dataflex.reporting.scores import best_and_worst_as_text
 
-    for kind, entries in best_and_worst_as_text(scores, None, sources, console, MOST_SHOWN).items():
+    for kind, entries in best_and_worst_as_text(scores, None, sources, console, MOST_SHOWN, files).items():
         lines = []
         for entry in entries:
             text = " → ".join(" ".join(turn["text"].split()) for turn in entry.get("turns", []))

@@ -99,7 +99,7 @@ def facts_of_scores(path: Path, config: RunConfig, progress: Progress) -> dict[s
         "selector": manifest.get("selector", "less"),
         "pool": {"rows": len(scores.row)},
         "selections": [{**figures_of_scores(scores, None), "length_correlation": manifest.get("length_correlation")}],
-        **best_and_worst_as_text(scores, None, sources, progress),
+        **best_and_worst_as_text(scores, None, sources, progress, files=manifest.get("files")),
         "settings": {key: manifest[key] for key in ("reduce", "normalise", "contrast", "weights") if key in manifest},
         "fingerprints": {"files": manifest.get("files"), **(manifest.get("data") or {})},
     }

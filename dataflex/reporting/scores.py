@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from dataflex.data.conversations import Unusable, to_conversation
 from dataflex.data.records import Source
 from dataflex.data.subset import take_records
+from dataflex.errors import UsageError
 from dataflex.influence.scores import Scores, length_correlation, ranking
 from dataflex.progress import Progress
 
@@ -49,20 +51,30 @@ def best_and_worst(scores: Scores, shown: int = SHOWN) -> tuple[list[int], list[
 
 
 def best_and_worst_as_text(
-    scores: Scores, tokens: np.ndarray | None, sources: Sequence[Source], progress: Progress, shown: int = SHOWN
+    scores: Scores,
+    tokens: np.ndarray | None,
+    sources: Sequence[Source],
+    progress: Progress,
+    shown: int = SHOWN,
+    files: str | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """`best` and `worst`: each row with its score, dataset, supervised tokens and turns, a turn cut at LONGEST_TEXT
-    characters. The sources are read once."""
+    characters. The sources are read once.
+
+    Args:
+        files: the hash of the data's files when they were scored, where that is known.
+
+    Raises:
+        UsageError: the sources have another hash, so that a row number may be another row's.
+    """
     best, worst = best_and_worst(scores, shown)
-    found = _rows_as_text(scores, [*best, *worst], tokens, sources, progress)
-    return {"best": found[: len(best)], "worst": found[len(best) :]}
-
-
-def _rows_as_text(
-    scores: Scores, indices: Sequence[int], tokens: np.ndarray | None, sources: Sequence[Source], progress: Progress
-) -> list[dict[str, Any]]:
+    indices = [*best, *worst]
     rows = [int(scores.row[index]) for index in indices]
-    taken, _ = take_records(sources, rows, expected=int(scores.row.max()) + 1, progress=progress)
+    digest = hashlib.sha256()
+    taken, _ = take_records(sources, rows, digest, expected=int(scores.row.max()) + 1, progress=progress)
+    if files not in (None, digest.hexdigest()):
+        names = ", ".join(source.name for source in sources)
+        raise UsageError(f"the scores were made from other data than {names}; name the data as it was scored")
     found = []
     for index, row in zip(indices, rows, strict=True):
         entry: dict[str, Any] = {"row": row, "score": float(scores.score[index])}
@@ -72,7 +84,7 @@ def _rows_as_text(
         if tokens is not None:
             entry["tokens"] = int(tokens[index])
         found.append(entry)
-    return found
+    return {"best": found[: len(best)], "worst": found[len(best) :]}
 
 
 def _turns(source: Source, record: dict[str, Any]) -> list[dict[str, str]]:

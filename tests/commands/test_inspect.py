@@ -77,6 +77,15 @@ def test_scores_are_shown_with_their_rows_and_drawn(bench: Path, cli) -> None:
     assert max(map(len, said.splitlines())) <= 80
 
 
+def test_rows_of_other_data_are_not_shown_as_those_that_were_scored(bench: Path, cli) -> None:
+    result = cli("inspect", "scores.jsonl", "run.yaml", "--data", "identity", "--data", "alpaca")
+    assert result.exit_code == 0, result.stderr
+    assert "no row is shown as text: the scores were made from other data" in result.stderr
+    refused = cli("report", "scores.jsonl", "run.yaml", "--data", "identity", "--data", "alpaca")
+    assert refused.exit_code == 2 and "made from other data" in refused.stderr
+    assert not Path("scores.report.html").exists()
+
+
 @pytest.mark.parametrize(
     ("target", "plot", "message"),
     [("scores.jsonl", "scores.xyz", "no format of that name"), ("train.h5", "rows.png", "is a store")],

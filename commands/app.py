@@ -58,9 +58,13 @@ class _Commands(TyperGroup):
 
 def _imported(name: str) -> Any:
     """The command as Typer builds it from the parameters of its function."""
+    from dataflex.commands.help import HELP, Command
+
     module = import_module(f"dataflex.commands.{name}")
     alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    alone.command(name, epilog=module.EXAMPLE)(getattr(module, name))
+    alone.command(name, cls=Command, epilog=module.EXAMPLE, context_settings={"help_option_names": HELP})(
+        getattr(module, name)
+    )
     return typer.main.get_command(alone)
 
 

@@ -33,21 +33,28 @@ def values(key: str) -> Callable[[str], list[str]]:
     return complete
 
 
-def _known(key: str) -> Iterable[str]:
-    from dataflex.config import RunConfig, choices_of
-    from dataflex.data.template_table import TEMPLATES
+def choices(key: str) -> tuple[str, ...]:
+    """The values that a key may have, where they are few enough to be listed."""
+    from dataflex.config import choices_of
     from dataflex.projection.table import PROJECTORS
     from dataflex.selectors.table import packaged_components
 
+    if key == "projector":
+        return tuple(PROJECTORS)
+    if key in ("component_name", "selectors"):
+        return tuple(packaged_components())
+    return choices_of(key)
+
+
+def _known(key: str) -> Iterable[str]:
+    from dataflex.config import RunConfig
+    from dataflex.data.template_table import TEMPLATES
+
     if key == "template":
         return TEMPLATES
-    if key == "projector":
-        return PROJECTORS
-    if key in ("component_name", "selectors"):
-        return packaged_components()
     if key not in RunConfig.model_fields:
         return ()
-    return ("true", "false") if RunConfig.model_fields[key].annotation is bool else choices_of(key)
+    return ("true", "false") if RunConfig.model_fields[key].annotation is bool else choices(key)
 
 
 def _datasets() -> list[str]:

@@ -17,10 +17,10 @@ import typer
 
 import dataflex
 from dataflex import environment
-from dataflex.commands import completion
+from dataflex.commands import completion, help
 from dataflex.commands.console import Console
 from dataflex.commands.signals import stoppable
-from dataflex.config import RunConfig, choices_of, default_of, help_of, needed_keys
+from dataflex.config import RunConfig, help_of, needed_keys
 from dataflex.distribution import namesake_notice
 from dataflex.errors import DataflexError
 from dataflex.progress import Interrupted
@@ -28,9 +28,7 @@ from dataflex.progress import Interrupted
 Arguments = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="CONFIG.yaml key=value",
-        help="A YAML file, then keys that win over it.",
-        show_default=False,
+        metavar="[CONFIG.yaml] [key=value ...]",
         autocompletion=completion.keys,
     ),
 ]
@@ -42,17 +40,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help=help_of("overwrite"
 
 
 def option(key: str, *flags: str) -> Any:
-    """An option that sets `key`, with the key's own help, choices and default."""
-    default = default_of(key)
-    shown = False if default is None else ",".join(map(str, default)) if isinstance(default, list) else str(default)
-    choices = choices_of(key)
-    return typer.Option(
-        *flags,
-        help=help_of(key),
-        show_default=shown,
-        metavar=f"[{'|'.join(choices)}]" if choices else None,
-        autocompletion=completion.values(key),
-    )
+    """An option that sets `key`, whose help, choices and default commands/help.py shows."""
+    return typer.Option(*flags, help=help_of(key), autocompletion=completion.values(key))
 
 
 Model = Annotated[str | None, option("model_name_or_path", "--model")]
@@ -76,19 +65,9 @@ SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help=help_of("skip
 Reduce = Annotated[str | None, option("reduce", "--reduce")]
 
 
-# Parameters of commands that have another name than the key they set.
-KEYS = {
-    "model": "model_name_or_path",
-    "adapter": "adapter_name_or_path",
-    "train": "train_stores",
-    "validation": "eval_stores",
-    "component": "component_name",
-}
-
-
 def given(parameters: dict[str, Any]) -> dict[str, Any]:
     """A command's parameters, its `locals()`, as values by key; those that set no key are left out."""
-    named = {KEYS.get(name, name): value for name, value in parameters.items()}
+    named = {help.KEYS.get(name, name): value for name, value in parameters.items()}
     return {key: value for key, value in named.items() if key in RunConfig.model_fields}
 
 

@@ -139,7 +139,7 @@ class RunConfig(BaseModel):
     eval_dataset: Annotated[Names | None, Key(Decides.ROWS, path="input", needed_by=("dynamic", "compare"))] = None
     """Validation datasets, at which the selection aims; written like `dataset`. null: none, or those of val_size."""
     dataset_dir: Annotated[str, Key(Decides.ROWS, path="input", used_by=(*USERS[Decides.ROWS], "select"))] = "data"
-    """Folder that holds dataset_info.json and the files it names."""
+    """Folder of dataset_info.json and of the files it names."""
     template: Annotated[str | None, Key(Decides.ROWS, used_by=(*USERS[Decides.ROWS], "merge"))] = None
     """Chat template by LLaMA-Factory's name. null: the template of the tokenizer."""
     cutoff_len: Annotated[PositiveInt, ROWS] = 2048
@@ -338,7 +338,7 @@ class RunConfig(BaseModel):
     token_budget: Annotated[PositiveInt | None, Key(Decides.NOTHING, component=True)] = None
     """Tokens in a batch of gradient rows, padding included. null: as many as fit the free memory of the device."""
     skip_bad_rows: Annotated[bool, AS_RUN] = False
-    """true: skip rows whose gradient is all zero or not finite, and name them. false: such a row ends the command."""
+    """true: skip rows whose gradient is zero or not finite, and name them. false: such a row ends the command."""
 
     # --- what single commands read and write -----------------------------------------------
     checkpoint: Annotated[
@@ -347,7 +347,7 @@ class RunConfig(BaseModel):
     ] = None
     """Checkpoint directories that warmup or train wrote."""
     split: Annotated[Literal["train", "eval"], Key(Decides.ROWS, used_by=("grads", "bench"))] = "train"
-    """Collect gradients of `dataset` (train) or of `eval_dataset` (eval)."""
+    """Whose gradients. train: the rows of `dataset`. eval: the rows of `eval_dataset`."""
     output: Annotated[
         str | None, Key(Decides.NOTHING, path="output", needed_by=("grads", "score", "select", "eval", "compare"))
     ] = None
@@ -369,13 +369,13 @@ class RunConfig(BaseModel):
     tasks: Annotated[Names | None, Key(Decides.NOTHING, used_by=("eval",))] = None
     """Tasks of lm-eval, by comma: names, or YAML files of tasks. Used with export lm-eval."""
     selectors: Annotated[Names, COMPARISON] = ["less", "rds"]
-    """Components to compare, by comma, written like component_name. random and length are compared as well."""
+    """Components to compare, by comma. Each is written like component_name. random and length are compared as well."""
     budget: Annotated[list[Share], BeforeValidator(as_shares), Field(min_length=1), COMPARISON] = [0.1]
-    """Share of the rows that each arm of a comparison trains on; several by comma give a curve."""
+    """Share of the rows that each arm trains on; several by comma give a curve."""
     by: Annotated[Literal["rows", "tokens"], COMPARISON] = "rows"
     """What `budget` is a share of. rows: the rows. tokens: supervised tokens, so that long rows have no advantage."""
     seeds: Annotated[PositiveInt, COMPARISON] = 3
-    """Trainings of each arm of a comparison, with the seeds from `seed` on."""
+    """Trainings of each arm, with the seeds from `seed` on."""
     deciles: Annotated[bool, COMPARISON] = False
     """Train on each tenth of each ranking as well: a ranking that helps gives lower losses for better tenths."""
     lds: Annotated[int | None, Field(ge=3), COMPARISON] = None

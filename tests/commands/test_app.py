@@ -53,16 +53,6 @@ def test_help_lists_the_commands_and_shows_no_argument_as_help(cli, run_cli):
     assert bare.exit_code == 2 and "Usage" in bare.output
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_each_commands_help_has_an_example(command: str, cli):
-    result = cli(command, "--help")
-    assert result.exit_code == 0
-    said = " ".join(result.stdout.split())
-    assert f"Example: dataflex {command} " in said
-    for flag in ("--dry-run", "--json", "--quiet", "--overwrite"):
-        assert flag in said
-
-
 @pytest.mark.parametrize("name", RUNS)
 def test_a_dry_run_touches_nothing(name: str, bench: Path, cli, tree):
     before = tree(bench)

@@ -1,4 +1,4 @@
-"""What is printed while work goes on, with a terminal and without; and how options show and take their values."""
+"""What is printed while work goes on, with a terminal and without, and how options take their values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from rich.console import Console as RichConsole
 from dataflex.commands import console as printed
 from dataflex.commands.console import Console, left_of, rate_of
 from dataflex.commands.summaries import histogram
-from dataflex.config import choices_of
 
 
 def test_a_rate_below_one_a_second_is_seconds_of_one() -> None:
@@ -71,13 +70,6 @@ def test_a_bar_is_one_line(width: int, monkeypatch) -> None:
     assert "9999/123456 rows" in text and "left" in text
 
 
-def test_options_show_their_choices_and_defaults(cli) -> None:
-    said = " ".join(cli("grads", "--help").stdout.replace("│", " ").split())
-    assert "[adam|sgd|sign]" in said and "8192" in said
-    assert choices_of("by") == ("rows", "tokens") and choices_of("quantization_bit") == ("4", "8")
-    assert choices_of("learning_rate") == () and choices_of("output_dir") == ()
-
-
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
@@ -115,11 +107,6 @@ def test_scores_are_shown_by_dataset_with_the_best_rows(bench: Path, cli) -> Non
     shown = re.findall(r"^ +(\d+) +(?:alpaca|identity)", taken[taken.index("the best rows") :], flags=re.MULTILINE)
     assert [int(row) for row in shown] == picked
     assert "selected 3 of 12 rows" in taken
-
-
-def test_the_programs_help_fits_a_screen(run_cli) -> None:
-    lines = run_cli("--help").stdout.splitlines()
-    assert len([line for line in lines if line.strip()]) <= 40 and max(map(len, lines)) <= 80
 
 
 def test_options_take_what_keys_take(bench: Path, cli) -> None:

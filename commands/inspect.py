@@ -61,7 +61,7 @@ def inspect(
 
         console = session.console
         found = look(target, session.config, console, keep=not dry_run)
-        tabled = ("score_max", "score_mean", "score_min", "datasets") if found.kind == "scores" else ()
+        tabled = ("score_max", "score_mean", "score_min", "datasets", "winners") if found.kind == "scores" else ()
         facts = {key.replace("_", " "): _text(value) for key, value in found.facts.items() if key not in tabled}
         console.facts(f"{found.kind} {found.name}", facts)
         if found.kind == "scores":

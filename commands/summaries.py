@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -27,9 +27,9 @@ def show_scores(
     files: str | None = None,
 ) -> None:
     """A line a dataset: rows, how many are `chosen`, lowest, median and best score, and a histogram from the lowest to
-    the best score of all rows; then the best rows, or the best and the worst as text where their `sources` are
-    given; `files` is the hash of these when they were scored."""
-    from dataflex.influence.scores import ranking
+    the best score of all rows. A line a subtask where there are several. Then the best rows, or the best and the worst
+    as text where their `sources` are given; `files` is the hash of these when they were scored."""
+    from dataflex.influence.scores import ranking, winners
 
     names = np.array(scores.dataset or ["rows"] * len(scores.row), dtype=object)
     edges = np.histogram_bin_edges(scores.score, 16)
@@ -41,13 +41,19 @@ def show_scores(
         table.append([name, len(own), *picked, low, middle, high, histogram(own, edges)])
     counts = ["rows", "selected"] if chosen is not None else ["rows"]
     console.table(title, ["dataset", *counts, "lowest", "median", "best", "from the lowest to the best score"], table)
+    if len(scores.subtasks) > 1:
+        rows = [
+            [name, count, int(scores.row[best]), float(scores.subtasks[name][best])]
+            for name, (count, best) in winners(scores).items()
+        ]
+        console.table("by subtask", ["subtask", "rows that score highest for it", "best row", "its score"], rows)
     if sources:
         try:
             return _show_text(console, scores, sources, files)
         except UsageError as reason:
             console.warning(f"no row is shown as text: {reason}")
     best = ranking(scores.row, scores.score)[:MOST_SHOWN] if chosen is None else list(chosen)[:MOST_SHOWN]
-    rows: list[list[Any]] = [[int(scores.row[i]), names[i], float(scores.score[i])] for i in best]
+    rows = [[int(scores.row[i]), names[i], float(scores.score[i])] for i in best]
     console.table("the best rows", ["row", "dataset", "score"], rows)
 
 

@@ -127,7 +127,7 @@ def _inspect_store(path: Path) -> Inspection:
 
 
 def _inspect_scores(path: Path, first: dict[str, Any]) -> Inspection:
-    from dataflex.influence.scores import read_scores
+    from dataflex.influence.scores import read_scores, winners
     from dataflex.influence.sidecar import read_manifest
 
     scores = read_scores(path)
@@ -143,6 +143,11 @@ def _inspect_scores(path: Path, first: dict[str, Any]) -> Inspection:
     manifest = read_manifest(path, len(scores.row), SILENT) or {}
     if "length_correlation" in manifest:
         facts["length_correlation"] = manifest["length_correlation"]
+    if len(scores.subtasks) > 1:
+        facts["winners"] = {
+            name: {"rows": count, "best_row": int(scores.row[best]), "best": float(scores.subtasks[name][best])}
+            for name, (count, best) in winners(scores).items()
+        }
     if scores.dataset is not None:
         facts["datasets"] = {name: scores.dataset.count(name) for name in dict.fromkeys(scores.dataset)}
     return Inspection("scores", str(path), facts)

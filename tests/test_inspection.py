@@ -76,6 +76,13 @@ def test_scores(tmp_path: Path) -> None:
         **{"rows": 2, "rows_from": 1, "rows_to": 3, "score_max": 0.5, "score_mean": -0.25, "score_min": -1.0},
         **{"subtasks": ["s"], "datasets": {"d": 1, "e": 1}},
     }
+    lines = [
+        {"row": 3, "score": 0.5, "subtasks": {"s": 0.5, "t": 0.1}},
+        {"row": 4, "score": 1, "subtasks": {"s": 0.2, "t": 1}},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    of_s, of_t = {"rows": 1, "best_row": 3, "best": 0.5}, {"rows": 1, "best_row": 4, "best": 1.0}
+    assert look(path).facts["winners"] == {"s": of_s, "t": of_t}
     path.write_text(path.read_text() + "broken\n")
     with pytest.raises(UsageError, match="line 3"):
         look(path)

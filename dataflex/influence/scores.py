@@ -277,6 +277,18 @@ def ranking(row: np.ndarray, score: np.ndarray) -> np.ndarray:
     return np.lexsort((row, -score))
 
 
+def winners(scores: Scores) -> dict[str, tuple[int, int]]:
+    """By subtask: how many rows score higher for it than for any other subtask, and the index of the row that scores
+    highest for it. Of equal values the first subtask and the first row count."""
+    highest, of = np.full(len(scores.row), -np.inf), np.full(len(scores.row), -1)
+    for number, values in enumerate(scores.subtasks.values()):
+        higher = values > highest  # never where it is NaN
+        highest[higher], of[higher] = values[higher], number
+    counts = np.bincount(of[of >= 0], minlength=len(scores.subtasks))
+    best = [int(np.where(np.isnan(values), -np.inf, values).argmax()) for values in scores.subtasks.values()]
+    return {name: (int(count), row) for name, count, row in zip(scores.subtasks, counts, best, strict=True)}
+
+
 def best_rows(scores: Scores, count: int) -> list[int]:
     """Indices of the `count` best rows, best first.
 
@@ -308,28 +320,33 @@ def write_scores(scores: Scores, path: Path) -> None:
 
 
 def read_scores(path: str | Path) -> Scores:
-    """Read a score file.
+    """Read a score file. A row that lacks a subtask which another row has gets NaN for it.
 
     Raises:
         UsageError: naming the first line that is not a score, or a row that stands twice.
     """
     rows, values = array("q"), array("d")
+    subtasks: dict[str, array[float]] = {}
     names: dict[str, int] = {}
     named = array("i")  # of each row, the position of its dataset in `names`
     for number, record in enumerate(read_jsonl(path, "scores"), start=1):
         row, score = record.get("row"), record.get("score")
+        of_subtasks = record.get("subtasks") or {}
         if (
             type(row) is not int
             or not 0 <= row <= MAX_ROW
-            or isinstance(score, bool)
-            or not isinstance(score, (int, float))
-            or not math.isfinite(score)
+            or not isinstance(of_subtasks, dict)
+            or not all(_is_finite(value) for value in (score, *of_subtasks.values()))
         ):
             raise UsageError(
                 f'scores {path}, record {number}: expected {{"row": 17, "score": 0.01}}, found {str(record)[:80]}'
             )
         rows.append(row)
-        values.append(float(score))
+        values.append(float(record["score"]))
+        for name, value in of_subtasks.items():
+            column = subtasks.setdefault(str(name), array("d"))
+            column.extend([math.nan] * (number - 1 - len(column)))
+            column.append(float(value))
         if record.get("dataset") is not None:
             named.append(names.setdefault(str(record["dataset"]), len(names)))
     if not rows:
@@ -342,4 +359,11 @@ def read_scores(path: str | Path) -> Scores:
         raise UsageError(f"scores {path}, record {first + 1}: row {row[first]} stands twice")
     in_order = list(names)
     dataset = [in_order[position] for position in named] if len(named) == len(rows) else None
-    return Scores(row, np.array(values), {}, dataset)
+    for column in subtasks.values():
+        column.extend([math.nan] * (len(rows) - len(column)))
+    return Scores(row, np.array(values), {name: np.array(column) for name, column in subtasks.items()}, dataset)
+
+
+def _is_finite(value: object) -> bool:
+    """Whether a value from a file is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -12,7 +12,17 @@ import pytest
 from dataflex import load_config
 from dataflex.errors import UsageError
 from dataflex.influence import stored
-from dataflex.influence.scores import influence, parse_weights, ranking, read_scores, round_robin, standardise
+from dataflex.influence.scores import (
+    Scores,
+    influence,
+    parse_weights,
+    ranking,
+    read_scores,
+    round_robin,
+    standardise,
+    winners,
+    write_scores,
+)
 from dataflex.influence.scoring import score
 from dataflex.store.manifest import Manifest
 from dataflex.store.reader import GradientStore, open_store
@@ -311,3 +321,25 @@ def test_sums_of_rows_may_be_in_a_file(tmp_path, monkeypatch):
         of = [index for index, label in enumerate(labels) if label == name and index != 2]
         np.testing.assert_allclose(by_subtask[name], total[of].mean(axis=0), rtol=1e-4, atol=1e-6)
         np.testing.assert_array_equal(by_subtask[name], by_subtask_in_file[name])
+
+
+def test_a_row_is_won_by_the_subtask_for_which_it_scores_highest() -> None:
+    nan = float("nan")
+    subtasks = {"a": [0.1, 0.9, 0.4, nan, nan], "b": [0.3, 0.2, 0.4, nan, 0.0], "c": [0.0, 0.1, 0.0, nan, nan]}
+    scores = Scores(np.arange(5) + 10, np.zeros(5), {name: np.array(values) for name, values in subtasks.items()})
+    by_hand = {"a": (2, 1), "b": (2, 2), "c": (0, 1)}  # row 2 is equal for a and b, row 3 is no subtask's
+    assert winners(scores) == by_hand
+
+
+def test_scores_are_read_as_they_were_written(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    subtasks = {name: generator.normal(size=7) for name in ("a", "b")}
+    written = Scores(np.arange(7) * 3, generator.normal(size=7), subtasks, ["d", "e"] * 3 + ["d"])
+    write_scores(written, tmp_path / "scores.jsonl")
+    found = read_scores(tmp_path / "scores.jsonl")
+    assert found.row.tolist() == written.row.tolist() and found.score.tolist() == written.score.tolist()
+    assert {name: values.tolist() for name, values in found.subtasks.items()} == {
+        name: values.tolist() for name, values in subtasks.items()
+    }
+    assert found.dataset == written.dataset
+    assert winners(found) == winners(written)

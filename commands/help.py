@@ -38,6 +38,7 @@ TOPICS = {
 """The topic of an option, by what its key decides, in the order of the help."""
 TOPIC_OF = {"component_name": TOPICS[Decides.SCORES]}
 """The topics of options whose keys decide nothing by themselves."""
+LINE = 62  # characters of an option's text that fit on its line
 WIDEST = 100  # columns: longer lines are hard to read
 
 # Parameters of commands that have another name than the key they set.
@@ -99,12 +100,14 @@ def key_of(parameter: Any) -> str | None:
 
 
 def text_of(parameter: Any, key: str | None, *, whole: bool) -> str:
-    """An option's help, to its first full stop, semicolon or colon unless `whole`; then its choices and default."""
+    """An option's help, then its choices and default. Unless `whole` the help ends at its first full stop or semicolon,
+    and at a colon where it would not fit on a line."""
     text = parameter.help or "" if key is None else help_of(key)
     if parameter.is_flag:  # to name the option is to say true
         text = text.removeprefix("true: ").partition(" false: ")[0]
     if not whole:
-        text = re.split(r"[.;:] ", text)[0]
+        text = re.split(r"[.;] ", text)[0]
+        text = text if len(text) <= LINE else text.split(": ")[0]
     text = f"{text[:1].upper()}{text[1:].removesuffix('.')}"
     if key is None or parameter.is_flag:
         return text

@@ -36,9 +36,9 @@ def make_adapter(base: Path, folder: Path, seed: int = 0, scale: float = 0.05, *
     return folder
 
 
-def logits(model: torch.nn.Module, vocabulary: int = 49152) -> torch.Tensor:
+def logits(model: torch.nn.Module, vocabulary: int = 2048) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(torch.arange(5, vocabulary, 2999)[None]).logits.float()
+        return model.eval()(torch.arange(5, vocabulary, 125)[None]).logits.float()
 
 
 @pytest.fixture
@@ -129,8 +129,8 @@ def test_shards_and_legacy_files_load_in_plain_transformers(
 ):
     whole = logits(AutoModelForCausalLM.from_pretrained(dataflex.merge(config)))
     sharded = config.changed(export_dir=str(tmp_path / "shards"), export_legacy_format=legacy)
-    # export_size counts whole GB, more than this model has: ask for the same in MB
-    object.__setattr__(sharded, "export_size", 0.005)
+    # export_size counts whole GB, more than this model has: ask for less
+    object.__setattr__(sharded, "export_size", 0.0003)
     folder = dataflex.merge(sharded)
     suffix, index = ("bin", "pytorch_model.bin") if legacy else ("safetensors", "model.safetensors")
     shards = sorted(path.name for path in folder.glob(f"*.{suffix}"))

@@ -71,7 +71,8 @@ def test_scores_are_shown_with_their_rows_and_drawn(bench: Path, cli) -> None:
     assert Path("pictures/scores.png").read_bytes().startswith(b"\x89PNG")
     lines = [json.loads(line) for line in Path("scores.jsonl").read_text().splitlines()]
     best = max(lines, key=lambda line: (line["score"], -line["row"]))
-    record = json.loads(Path("data/alpaca.json").read_text())[best["row"]]
+    records = [*json.loads(Path("data/alpaca.json").read_text()), *json.loads(Path("data/identity.json").read_text())]
+    record = records[best["row"]]
     said = result.stderr[result.stderr.rindex("the best rows") : result.stderr.rindex("the worst rows")]
     assert f"{best['row']}  {best['score']:7.4f}  {record['instruction'].split()[0]}" in said.splitlines()[1]
     assert max(map(len, said.splitlines())) <= 80

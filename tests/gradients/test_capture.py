@@ -274,7 +274,9 @@ class Said:
 
 from dataflex.progress import SILENT
 config = load_config(options={{"model_name_or_path": {model!r}, "lora_rank": 4}})
-model = add_lora(load_base_model(config, torch.float32), config)
+base = load_base_model(config, torch.float32)
+base.resize_token_embeddings(49152)  # logits that take room
+model = add_lora(base, config)
 for name, parameter in model.named_parameters():
     if "lora_B" in name:
         torch.nn.init.normal_(parameter, std=0.05)

@@ -85,6 +85,10 @@ ARCHIVES = (
                 ("alpaca_en_demo.json", "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318"),
                 ("alpaca_zh_demo.json", "d5a4be46ae70d23a461ffc16048069324c0865ee9aa0c8730e21ac4b65ea0f08"),
                 ("glaive_toolcall_en_demo.json", "8b84773e44e71881f32490080350734cad3069dc227eafd771ccfb80732f6437"),
+                ("glaive_toolcall_zh_demo.json", "d5bbc25b250ff7578ea339abe90a612511866d9beb1ea3b66d094b4f250c9c50"),
+                ("dpo_en_demo.json", "b949be2421cfa62744afcf1b479f95b299d643d1a4c1c97d1341b314a1aa5cb3"),
+                ("dpo_zh_demo.json", "9ea7206bc1a45df8b7811d1fc02d5555c65379d05905f343da88f221ff145376"),
+                ("kto_en_demo.json", "9891687dea7c00e54af2e39534085c151ce3462d073574eeff2af927cc56fb74"),
                 ("identity.json", "fd029da7dd3df283ed034c82375d16d125a7b07cf1cb0316d03fb8743057d5f2"),
             )
         ),

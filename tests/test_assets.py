@@ -64,7 +64,7 @@ def test_a_second_run_changes_nothing_and_needs_no_torch(
 
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 8 and all(line.endswith(": there") for line in lines), done.stdout
+    assert len(lines) == 12 and all(line.endswith(": there") for line in lines), done.stdout
     assert {path: path.stat().st_mtime_ns for path in files} == before
 
 

@@ -1,13 +1,17 @@
-"""Which selector finds the rows of the target's own kind? Average precision over a pool of four kinds of real rows.
+"""Which selector finds the rows of the target's own kind? Average precision over a pool of kinds of real rows.
 
     .venv/bin/python examples/evidence/retrieval.py --seeds 1 2 3
+    .venv/bin/python examples/evidence/retrieval.py --seeds 1 2 3 --all-kinds
     .venv/bin/python examples/evidence/retrieval.py --seeds 1 --warmup-steps 1 4 40
 
 The pool is 40 rows each of general instructions in English and in Chinese, of questions about the model's identity and
-of tool calls; 10 other rows of each kind are the target in turn. SmolLM2-135M-Instruct, LoRA rank 16 on all linear
-layers, 256 tokens, 10 warm-up steps of 4 rows. Directions are whole where no k is named. Three tables: by score; by the
-number of validation rows, of which there are 50 then; and by the kind that is looked for, where the target is another
-one. A seed takes 3 GB of disk in --folder while it is measured; one that is done is read from there.
+of tool calls; 10 other rows of each kind are the target in turn. With --all-kinds it is 24 rows each of all of
+LLaMA-Factory's demo sets for chats: also tool calls in Chinese, the chosen answers of its two preference sets, and the
+rows of its set for KTO that are labelled good. SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 256 tokens, 10
+warm-up steps of 4 rows. Directions are whole where no k is named. Three tables: by score; by the number of validation
+rows, of which there are 50 then (four kinds and 10 steps of warm-up alone); and by the kind that is looked for, where
+the target is another one. A seed takes 3 GB of disk in --folder while it is measured; one that is done is read from
+there.
 """
 
 from __future__ import annotations
@@ -16,7 +20,9 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,8 +54,14 @@ KINDS = {
     "identity": "identity",
     "tools": "glaive_toolcall_en_demo",
 }
-POOL, TARGET, MOST = 40, 10, 50
-"""Rows of each kind in the pool, rows of a target, and rows of the largest target."""
+FURTHER = {
+    "tools zh": "glaive_toolcall_zh_demo",
+    "chosen en": "dpo_en_demo",
+    "chosen zh": "dpo_zh_demo",
+    "good en": "kto_en_demo",
+}
+TARGET = 10
+"""Rows of a target."""
 UPPER = 15  # of 30 layers: where the upper half begins
 SCALE = 1000.0  # unit vectors of millions of numbers, kept as float16
 DRAWS = 10  # of random reference rows
@@ -79,23 +91,47 @@ WIDTHS = (8192, 4096)
 """k of the sketches of the direction `less`."""
 
 
-def write_data(folder: Path, seed: int) -> None:
+@dataclass(frozen=True)
+class Setting:
+    """Which rows there are."""
+
+    kinds: dict[str, str]
+    pool: int
+    """Rows of each kind in the pool."""
+    most: int
+    """Rows of each kind outside the pool; the target is the first TARGET of them."""
+
+
+def write_data(folder: Path, setting: Setting, seed: int) -> None:
     """A pool and a target of each kind, and the dataset_info.json that names them."""
     source = json.loads((LIBRARY / "data/dataset_info.json").read_text(encoding="utf-8"))
     info = {}
-    for kind, name in KINDS.items():
+    for kind, name in setting.kinds.items():
         records = json.loads((LIBRARY / "data" / source[name]["file_name"]).read_text(encoding="utf-8"))
-        drawn = random.Random(f"{seed} {kind}").sample(records, POOL + MOST)
-        for part, rows in (("pool", drawn[:POOL]), ("target", drawn[POOL:])):
-            info[f"{part}_{kind}"] = {**source[name], "file_name": f"{part}_{kind}.json"}
+        drawn = random.Random(f"{seed} {kind}").sample(chats_of(records), setting.pool + setting.most)
+        entry = dict(source[name])
+        entry.pop("ranking", None)
+        for column in ("chosen", "rejected", "kto_tag"):  # these are gone from the rows
+            entry.get("columns", {}).pop(column, None)
+        for part, rows in (("pool", drawn[: setting.pool]), ("target", drawn[setting.pool :])):
+            info[f"{part}_{kind}"] = {**entry, "file_name": f"{part}_{kind}.json"}
             (folder / f"{part}_{kind}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
 
 
-def measure(folder: Path, seed: int, steps: int) -> dict[str, np.ndarray]:
+def chats_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Chats as they are; of preferences the chosen answer, of labelled answers the good ones."""
+    if "chosen" in records[0]:
+        return [{"conversations": [*record["conversations"], record["chosen"]]} for record in records]
+    if "label" in records[0]:
+        return [{"messages": record["messages"]} for record in records if record["label"]]
+    return records
+
+
+def measure(folder: Path, setting: Setting, seed: int, steps: int) -> dict[str, np.ndarray]:
     """Cosines by kind of direction after `steps` steps of warm-up, similarities by RDS, BM25 and embeddings, and the
     pool's supervised tokens."""
-    write_data(folder, seed)
+    write_data(folder, setting, seed)
     config = dataflex.load_config(
         options={
             "model_name_or_path": str(LIBRARY / "models/SmolLM2-135M-Instruct"),
@@ -103,8 +139,8 @@ def measure(folder: Path, seed: int, steps: int) -> dict[str, np.ndarray]:
             "cutoff_len": 256,
             "lora_rank": 16,
             "dataset_dir": str(folder),
-            "dataset": [f"pool_{kind}" for kind in KINDS],
-            "eval_dataset": [f"target_{kind}" for kind in KINDS],
+            "dataset": [f"pool_{kind}" for kind in setting.kinds],
+            "eval_dataset": [f"target_{kind}" for kind in setting.kinds],
             "per_device_train_batch_size": 4,
             "learning_rate": 2e-4,
             "warmup_step": steps,
@@ -262,38 +298,42 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--warmup-steps", type=int, nargs="+", default=[10])
+    parser.add_argument("--all-kinds", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("saves/evidence/retrieval"))
     arguments = parser.parse_args()
     for steps in arguments.warmup_steps:
+        if arguments.all_kinds:
+            setting = Setting({**KINDS, **FURTHER}, pool=24, most=TARGET)
+        else:
+            setting = Setting(KINDS, pool=40, most=max(NUMBERS) if steps == 10 else TARGET)
         every = []
         for seed in arguments.seeds:
-            folder = arguments.folder / f"seed-{seed}-steps-{steps}"
+            folder = arguments.folder / f"seed-{seed}-steps-{steps}-kinds-{len(setting.kinds)}"
             kept = folder / "cosines.npz"
             if not kept.exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                np.savez(kept, **measure(folder, seed, steps))
+                np.savez(kept, **measure(folder, setting, seed, steps))
             every.append((seed, dict(np.load(kept))))
-        print(f"\n{steps} steps of warm-up\n")
-        show(every)
+        print(f"\n{steps} steps of warm-up, {len(setting.kinds)} kinds\n")
+        show(setting, every)
 
 
-def show(every: list[tuple[int, dict[str, np.ndarray]]]) -> None:
-    """Print the three tables for the cosines of each seed."""
-    kind_of = np.repeat(range(len(KINDS)), POOL)
-    starts = [len(kind_of) + number * MOST for number in range(len(KINDS))]
+def show(setting: Setting, every: list[tuple[int, dict[str, np.ndarray]]]) -> None:
+    """Print the tables for the cosines of each seed."""
+    kinds = len(setting.kinds)
+    kind_of = np.repeat(range(kinds), setting.pool)
+    starts = [len(kind_of) + number * setting.most for number in range(kinds)]
+    numbers = [number for number in NUMBERS if number <= setting.most]
     results: dict[str, list[list[tuple[float, float]]]] = {}
     by_rows: dict[str, list[list[float]]] = {}
     by_kind: dict[str, list[np.ndarray]] = {}
     for seed, found in every:
         for name, ways in scorers(found, seed).items():
             of_kind = [
-                [
-                    quality(ways, slice(at, at + TARGET), kind_of == wanted, found["tokens"])
-                    for wanted in range(len(KINDS))
-                ]
+                [quality(ways, slice(at, at + TARGET), kind_of == wanted, found["tokens"]) for wanted in range(kinds)]
                 for at in starts
             ]
-            results.setdefault(name, []).append([of_kind[number][number] for number in range(len(KINDS))])
+            results.setdefault(name, []).append([of_kind[number][number] for number in range(kinds)])
             by_kind.setdefault(name, []).append(np.array(of_kind)[:, :, 0])
             if name in CLOSER:
                 by_rows.setdefault(name, []).append(
@@ -306,23 +346,23 @@ def show(every: list[tuple[int, dict[str, np.ndarray]]]) -> None:
                                 ]
                             )
                         )
-                        for rows in NUMBERS
+                        for rows in numbers
                     ]
                 )
-    print(f"| score | {' | '.join(KINDS)} | mean | by seed |\n|---|{'---|' * (len(KINDS) + 2)}")
+    print(f"| score | {' | '.join(setting.kinds)} | mean | by seed |\n|---|{'---|' * (kinds + 2)}")
     for name, by_seed in results.items():
         values = np.array(by_seed)  # [seeds, kinds, 2]
         cells = [f"{p:.2f}, {c:+.2f}" for p, c in values.mean(axis=0)]
         seeds = "; ".join(f"{value:.3f}" for value in values[:, :, 0].mean(axis=1))
         print(f"| {name} | {' | '.join(cells)} | {values[:, :, 0].mean():.3f} | {seeds} |")
-    print(f"\n| validation rows | {' | '.join(map(str, NUMBERS))} |\n|---|{'---|' * len(NUMBERS)}")
+    print(f"\n| validation rows | {' | '.join(map(str, numbers))} |\n|---|{'---|' * len(numbers)}")
     for name, counts in by_rows.items():
         print(f"| {name} | {' | '.join(f'{value:.3f}' for value in np.mean(counts, axis=0))} |")
     print("\n| score | target's own kind | another kind | by chance |\n|---|---|---|---|")
     chance = np.mean(by_kind["random"])
     for name in CLOSER:
         values = np.mean(by_kind[name], axis=0)  # [targets, kinds looked for]
-        own = np.eye(len(KINDS), dtype=bool)
+        own = np.eye(kinds, dtype=bool)
         print(f"| {name} | {values[own].mean():.3f} | {values[~own].mean():.3f} | {chance:.3f} |")
 
 

@@ -4,6 +4,7 @@
     .venv/bin/python examples/evidence/training.py --seeds 1 2 3 4 5      # the arms, by rows
     .venv/bin/python examples/evidence/training.py --seeds 1 2 3 4 5 --by tokens
     .venv/bin/python examples/evidence/training.py --seeds 1 2 3 --targets bbh   # no kind of the pool
+    .venv/bin/python examples/evidence/training.py --seeds 1 2 3 --targets tools --deciles
 
 A pool of 24 rows each of general instructions in English and in Chinese, of questions about the model's identity and of
 tool calls; three of these kinds are the target in turn, with 8 other rows. Each arm trains on a fifth of the pool, one
@@ -11,9 +12,10 @@ pass, two rows a step, and is measured on 24 further rows of the target's kind, 
 draws another pool and another target, trains another warm-up and begins from other LoRA weights. SmolLM2-135M-Instruct,
 LoRA rank 16, 96 tokens. The arm oracle takes rows of the target's own kind. The target bbh is the examples with chains
 of thought that the package lm-eval has for its tasks BIG-bench Hard. Prints the loss against random rows with 95%
-intervals over seeds and held-out rows, and the share of the gap between random and oracle that is closed. A comparison
-under way goes on in --folder. Each held-out row's loss is kept in training_losses.json beside this script; what stands
-there is not measured again, unless with --anew.
+intervals over seeds and held-out rows, and the share of the gap between random and oracle that is closed. With
+--deciles it trains on each tenth of each ranking instead, and prints Spearman's correlation of a tenth's place with the
+loss. A comparison under way goes on in --folder. Each held-out row's loss is kept in training_losses.json beside this
+script; what stands there is not measured again, unless with --anew.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import yaml
 
 import dataflex
 from dataflex.comparison.arms import ALL, file_name
-from dataflex.comparison.figures import paired_difference
+from dataflex.comparison.figures import decile_test, paired_difference
 from dataflex.config import RunConfig
 from dataflex.files import write_text
 from dataflex.locks import Lock
@@ -50,8 +52,10 @@ OUTSIDE = "bbh"
 POOL, TARGET, HELD_OUT = 24, 8, 24
 ORACLE = "oracle:Oracle"
 SELECTORS = ["less", "less-contrast-rds", "rds", "bm25", ORACLE]
+RANKED = ["less", "less-contrast-rds", "rds"]
+"""The rankings that are cut into tenths, beside the random one."""
 KEPT = Path(__file__).with_name("training_losses.json")
-"""Losses of held-out rows by kind of budget, target, seed and arm."""
+"""Losses of held-out rows by kind of budget, target, seed and arm; under `deciles` mean losses after each tenth."""
 RATES = [5e-4, 2e-3]
 TUNED = {"en": 5e-4, "zh": 5e-4, "tools": 2e-3, OUTSIDE: 5e-4}  # by --tune: the rate at which random rows help most
 
@@ -170,7 +174,8 @@ def kept_losses() -> dict[str, Any]:
 
 
 def keep_losses(root: Path, by: str, target: str, seed: int, losses: dict[str, np.ndarray]) -> None:
-    """Add the losses of one comparison to training_losses.json, to which another process may add as well."""
+    """Add the losses of one comparison to training_losses.json, to which another process may add as well. `by` is rows,
+    tokens or deciles."""
     with Lock(root / "losses.lock", wait=True):
         kept = kept_losses()
         rounded = {arm: np.round(values, 5).tolist() for arm, values in losses.items()}
@@ -223,17 +228,47 @@ def show(of_target: dict[str, list[dict[str, np.ndarray]]], by: str) -> None:
         print(f"| {arm.partition(':')[0]} | {' | '.join(texts)} | {share} |")
 
 
+def deciles(root: Path, targets: list[str], seeds: list[int], anew: bool) -> None:
+    """Measure each tenth of each ranking, and print the correlation of its place with the loss by target."""
+    of_target: dict[str, list[dict[str, np.ndarray]]] = {target: [] for target in targets}
+    for seed in seeds:
+        folder = root / f"data-{seed}"
+        for target, by_seed in of_target.items():
+            kept = kept_losses().get("deciles", {}).get(target, {}).get(str(seed))
+            if kept is None or anew:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_data(folder, seed)
+                rate = TUNED[target]
+                output = str(root / f"{target}-{seed}-{rate:g}")
+                config = configure(folder, target, seed, rate, selectors=RANKED, deciles=True, output=output)
+                report = json.loads((dataflex.compare(config) / "report.json").read_text(encoding="utf-8"))
+                kept = {name: np.array(found["loss"]) for name, found in report["deciles"].items()}
+                keep_losses(root, "deciles", target, seed, kept)
+            by_seed.append({name: np.array(losses) for name, losses in kept.items()})
+    print("| ranking | target | seeds | losses from the best tenth to the worst | Spearman of the mean | by seed |")
+    print("|---|---|---|---|---|---|")
+    for target, by_seed in of_target.items():
+        for name in by_seed[0]:
+            found = decile_test(np.stack([losses[name] for losses in by_seed]))
+            losses = ", ".join(f"{loss:.3f}" for loss in found["loss"])
+            singly = ", ".join(f"{value:+.2f}" for value in found["by_seed"])
+            print(f"| {name} | {target} | {len(by_seed)} | {losses} | {found['spearman']:+.2f} | {singly} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--targets", nargs="+", choices=[*TARGETS, OUTSIDE], default=[*TARGETS])
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--by", choices=["rows", "tokens"], default="rows")
+    parser.add_argument("--deciles", action="store_true")
     parser.add_argument("--anew", action="store_true", help="measure what training_losses.json holds as well")
     parser.add_argument("--folder", type=Path, default=Path("saves/evidence/training"))
     arguments = parser.parse_args()
     if arguments.tune:
         tune(arguments.folder, arguments.seeds)
+    elif arguments.deciles:
+        deciles(arguments.folder, arguments.targets, arguments.seeds, arguments.anew)
     else:
         compare(arguments.folder, arguments.targets, arguments.seeds, arguments.by, arguments.anew)
 

@@ -30,7 +30,7 @@ def inspect(
     dataset_dir: s.DatasetDir = None,
     template: s.Template = None,
     cutoff_len: s.CutoffLen = None,
-    data: Annotated[list[str] | None, s.option("data", "--data")] = None,
+    data: Annotated[str | None, s.option("data", "--data")] = None,
     plot: Annotated[
         str | None, typer.Option("--plot", metavar="FILE", help="Draw the histogram of scores: .png, .svg or .pdf.")
     ] = None,

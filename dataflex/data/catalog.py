@@ -7,7 +7,6 @@ a hub's address goes before a file's name.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from collections.abc import Sequence
@@ -19,8 +18,10 @@ from dataflex.data.conversations import CHAT_TAGS, SHAREGPT_TAGS
 from dataflex.data.hub import HubDataset
 from dataflex.data.records import SUFFIXES, Columns, Source, Tags, check_columns, files_of, first_record, iter_records
 from dataflex.errors import UsageError
+from dataflex.named import suggestion
 
 INFO_FILE = "dataset_info.json"
+MOST_NAMED = 12  # datasets in an error
 FORMATTINGS = ("alpaca", "sharegpt", "openai")
 
 # A file given directly is recognised by the first of these fields its first record has.
@@ -91,11 +92,24 @@ def _from_file(name: str, info: dict[str, Any], folder: Path) -> Source:
         raise UsageError(f"data file {path}: unknown kind {path.suffix!r}; expected {', '.join(SUFFIXES)}")
     if path.suffix.lower() in SUFFIXES or os.sep in name:
         raise UsageError(f"dataset {name!r}: no such file, and no entry of that name in {folder / INFO_FILE}")
-    close = difflib.get_close_matches(name, list(info), n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
     raise UsageError(
-        f"dataset {name!r} is not in {folder / INFO_FILE}; {hint}It has {', '.join(info) or 'no entries'}. "
-        f"A file ({', '.join(SUFFIXES)}) can be named as well"
+        f"dataset {name!r} is not in {folder / INFO_FILE}: {_entries(info, folder)}; "
+        f"a file ({', '.join(SUFFIXES)}) can be named as well{suggestion(name, info)}"
+    )
+
+
+def _entries(info: dict[str, Any], folder: Path) -> str:
+    """How many entries there are, and the names of those whose files are there: LLaMA-Factory's own list has 104."""
+    there = [
+        name
+        for name, entry in info.items()
+        if isinstance(entry, dict)
+        and isinstance(entry.get("file_name"), str)
+        and (folder / entry["file_name"]).exists()
+    ]
+    shown = ", ".join(there[:MOST_NAMED]) + (", …" if len(there) > MOST_NAMED else "")
+    return f"it has {len(info)} {'entry' if len(info) == 1 else 'entries'}" + (
+        f", and the files of {shown}" if there else ""
     )
 
 

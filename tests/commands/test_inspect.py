@@ -79,10 +79,10 @@ def test_scores_are_shown_with_their_rows_and_drawn(bench: Path, cli) -> None:
 
 
 def test_rows_of_other_data_are_not_shown_as_those_that_were_scored(bench: Path, cli) -> None:
-    result = cli("inspect", "scores.jsonl", "run.yaml", "--data", "identity", "--data", "alpaca")
+    result = cli("inspect", "scores.jsonl", "run.yaml", "--data", "identity,alpaca")
     assert result.exit_code == 0, result.stderr
     assert "no row is shown as text: the scores were made from other data" in result.stderr
-    refused = cli("report", "scores.jsonl", "run.yaml", "--data", "identity", "--data", "alpaca")
+    refused = cli("report", "scores.jsonl", "run.yaml", "--data", "identity,alpaca")
     assert refused.exit_code == 2 and "made from other data" in refused.stderr
     assert not Path("scores.report.html").exists()
 

@@ -101,7 +101,7 @@ def test_a_name_that_leads_nowhere(tmp_path: Path, write_dataset) -> None:
     with pytest.raises(UsageError, match=r"dataset_info\.json: No such file"):
         find_sources(["a"], tmp_path)
     write_dataset("alpaca", ALPACA)
-    with pytest.raises(UsageError, match=r"did you mean 'alpaca'.*It has alpaca"):
+    with pytest.raises(UsageError, match=r"it has 1 entry, and the files of alpaca;.*did you mean 'alpaca'"):
         find_sources(["alpca"], tmp_path)
     with pytest.raises(UsageError, match=r"'gone\.jsonl': no such file"):
         find_sources(["gone.jsonl"], tmp_path)

@@ -74,10 +74,10 @@ class Command(TyperCommand):
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         arguments = [parameter for parameter in self.get_params(ctx) if isinstance(parameter, TyperArgument)]
-        optional = [
+        pieces = [
             str(one.metavar) if one.required or one.name == "arguments" else f"[{one.metavar}]" for one in arguments
         ]
-        return [*optional, "[OPTIONS]"]
+        return [*pieces, "[OPTIONS]"]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[ALL] = ALL in args

@@ -17,8 +17,9 @@ import typer
 
 import dataflex
 from dataflex import environment
-from dataflex.commands import completion, help
+from dataflex.commands import completion
 from dataflex.commands.console import Console
+from dataflex.commands.help import KEYS
 from dataflex.commands.signals import stoppable
 from dataflex.config import RunConfig, help_of, needed_keys
 from dataflex.distribution import namesake_notice
@@ -67,7 +68,7 @@ Reduce = Annotated[str | None, option("reduce", "--reduce")]
 
 def given(parameters: dict[str, Any]) -> dict[str, Any]:
     """A command's parameters, its `locals()`, as values by key; those that set no key are left out."""
-    named = {help.KEYS.get(name, name): value for name, value in parameters.items()}
+    named = {KEYS.get(name, name): value for name, value in parameters.items()}
     return {key: value for key, value in named.items() if key in RunConfig.model_fields}
 
 

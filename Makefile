@@ -23,7 +23,7 @@ demo: setup  ## select and train on real data, on CPU or GPU
 	@echo "your own data: source .venv/bin/activate (or write .venv/bin/dataflex), then as README.md says"
 
 test: setup  ## run the tests
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --durations=20
 
 test-gpu: setup  ## run the tests that need a GPU
 	TEST_GPU=1 $(PY) -m pytest tests/gpu

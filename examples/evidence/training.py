@@ -5,6 +5,7 @@
     .venv/bin/python examples/evidence/training.py --seeds 1 2 3 4 5 --by tokens
     .venv/bin/python examples/evidence/training.py --seeds 1 2 3 --targets bbh   # no kind of the pool
     .venv/bin/python examples/evidence/training.py --seeds 1 2 3 --targets tools --deciles
+    .venv/bin/python examples/evidence/training.py --seeds 2 --targets tools --again 3    # the noise of training itself
 
 A pool of 24 rows each of general instructions in English and in Chinese, of questions about the model's identity and of
 tool calls; three of these kinds are the target in turn, with 8 other rows. Each arm trains on a fifth of the pool, one
@@ -14,8 +15,9 @@ LoRA rank 16, 96 tokens. The arm oracle takes rows of the target's own kind. The
 of thought that the package lm-eval has for its tasks BIG-bench Hard. Prints the loss against random rows with 95%
 intervals over seeds and held-out rows, and the share of the gap between random and oracle that is closed. With
 --deciles it trains on each tenth of each ranking instead, and prints Spearman's correlation of a tenth's place with the
-loss. A comparison under way goes on in --folder. Each held-out row's loss is kept in training_losses.json beside this
-script; what stands there is not measured again, unless with --anew.
+loss. With --again N it trains on the rows of some arms N times more, from other LoRA weights and in another order, and
+prints the held-out losses. A comparison under way goes on in --folder. Each held-out row's loss is kept in
+training_losses.json beside this script; what stands there is not measured again, unless with --anew.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ OUTSIDE = "bbh"
 POOL, TARGET, HELD_OUT = 24, 8, 24
 ORACLE = "oracle:Oracle"
 SELECTORS = ["less", "less-contrast-rds", "rds", "bm25", ORACLE]
+AGAIN = ["random", "less", "rds"]
 RANKED = ["less", "less-contrast-rds", "rds"]
 """The rankings that are cut into tenths, beside the random one."""
 KEPT = Path(__file__).with_name("training_losses.json")
@@ -255,6 +258,31 @@ def deciles(root: Path, targets: list[str], seeds: list[int], anew: bool) -> Non
             print(f"| {name} | {target} | {len(by_seed)} | {losses} | {found['spearman']:+.2f} | {singly} |")
 
 
+def again(root: Path, targets: list[str], seeds: list[int], times: int) -> None:
+    """Train `times` times more on the rows that each arm of AGAIN took in a finished comparison; print the losses."""
+    print("| target | seed | arm | rows of the target's kind | held-out loss, as compared and again |")
+    print("|---|---|---|---|---|")
+    for target in targets:
+        for seed in seeds:
+            folder, rate = root / f"data-{seed}", TUNED[target]
+            done = root / f"{target}-{seed}-{rate:g}"
+            runs = {run["arm"]: run for run in json.loads((done / "report.json").read_text(encoding="utf-8"))["runs"]}
+            for arm in AGAIN:
+                rows = done / f"seed-{seed}/subsets/{file_name(arm)}-0.2.jsonl"
+                records = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+                losses = [json.loads((done / f"seed-{seed}/evals/{file_name(arm)}-0.2.json").read_text())["loss"]]
+                for time in range(1, times + 1):
+                    output = root / f"again/{target}-{seed}-{arm}-{time}"
+                    own = {"seed": seed + 1000 * time, "output_dir": str(output), "max_new_tokens": 0}
+                    plain = configure(folder, target, seed, rate, **own, output=str(output / "eval.json"))
+                    dataflex.train(plain.changed(dataset=[str(rows)], eval_dataset=None))
+                    measured_again = dataflex.evaluate(plain.changed(adapter_name_or_path=[str(output)]))
+                    losses.append(json.loads(measured_again.read_text(encoding="utf-8"))["loss"])
+                kind = runs[arm]["picked"][f"pool_{target}"]
+                shown = ", ".join(f"{loss:.3f}" for loss in losses)
+                print(f"| {target} | {seed} | {arm} | {kind} of {len(records)} | {shown} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
@@ -262,11 +290,14 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--by", choices=["rows", "tokens"], default="rows")
     parser.add_argument("--deciles", action="store_true")
+    parser.add_argument("--again", type=int, metavar="N")
     parser.add_argument("--anew", action="store_true", help="measure what training_losses.json holds as well")
     parser.add_argument("--folder", type=Path, default=Path("saves/evidence/training"))
     arguments = parser.parse_args()
     if arguments.tune:
         tune(arguments.folder, arguments.seeds)
+    elif arguments.again:
+        again(arguments.folder, arguments.targets, arguments.seeds, arguments.again)
     elif arguments.deciles:
         deciles(arguments.folder, arguments.targets, arguments.seeds, arguments.anew)
     else:

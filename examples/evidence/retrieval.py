@@ -249,6 +249,9 @@ def scorers(found: dict[str, np.ndarray], seed: int) -> dict[str, list[Callable[
         table[f"{label}, normalise rows"] = [mean(normalised.T)]
     for name in ("less formula", "dataflex formula", *(f"less k={dim}" for dim in WIDTHS), "less k=8192 int1"):
         table[name.replace("less k", "less, k").replace("less formula", "LESS's own formula")] = [mean(found[name])]
+    noise = found["less k=8192"] - found["less"]  # what the sketch adds to each cosine; it falls with the root of k
+    table["less, half of the noise, as k=32768"] = [mean(found["less"] + noise / 2)]
+    table["less, marginal, contrast pool, the noise of k=8192"] = [mean(contrasted(found["marginal"] + noise))]
     table["less, reduce rows"] = [lambda target: round_robin(found["less"][:, target].T)]
     table["less, marginal, contrast pool, reduce rows"] = [
         lambda target: round_robin(contrasted(found["marginal"])[:, target].T)
@@ -263,6 +266,7 @@ def scorers(found: dict[str, np.ndarray], seed: int) -> dict[str, list[Callable[
         "less+rds": found["less"],
         "less+rds, contrast pool": contrasted(found["less"]),
         "less+rds, marginal, contrast pool": contrasted(found["marginal"]),
+        "less+rds, marginal, contrast pool, the noise of k=8192": contrasted(found["marginal"] + noise),
         "less+rds, marginal, contrast pool, layers 15-29": contrasted(found["marginal upper"]),
     }
     for label, cosines in together.items():

@@ -273,8 +273,8 @@ def again(root: Path, targets: list[str], seeds: list[int], times: int) -> None:
                 losses = [json.loads((done / f"seed-{seed}/evals/{file_name(arm)}-0.2.json").read_text())["loss"]]
                 for time in range(1, times + 1):
                     output = root / f"again/{target}-{seed}-{arm}-{time}"
-                    own = {"seed": seed + 1000 * time, "output_dir": str(output), "max_new_tokens": 0}
-                    plain = configure(folder, target, seed, rate, **own, output=str(output / "eval.json"))
+                    own = {"output_dir": str(output), "output": str(output / "eval.json"), "max_new_tokens": 0}
+                    plain = configure(folder, target, seed, rate, **own).changed(seed=seed + 1000 * time)
                     dataflex.train(plain.changed(dataset=[str(rows)], eval_dataset=None))
                     measured_again = dataflex.evaluate(plain.changed(adapter_name_or_path=[str(output)]))
                     losses.append(json.loads(measured_again.read_text(encoding="utf-8"))["loss"])

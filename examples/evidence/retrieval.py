@@ -8,10 +8,10 @@ The pool is 40 rows each of general instructions in English and in Chinese, of q
 of tool calls; 10 other rows of each kind are the target in turn. With --all-kinds it is 24 rows each of all of
 LLaMA-Factory's demo sets for chats: also tool calls in Chinese, the chosen answers of its two preference sets, and the
 rows of its set for KTO that are labelled good. SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 256 tokens, 10
-warm-up steps of 4 rows. Directions are whole where no k is named. Three tables: by score; by the number of validation
-rows, of which there are 50 then (four kinds and 10 steps of warm-up alone); and by the kind that is looked for, where
-the target is another one. A seed takes 3 GB of disk in --folder while it is measured; one that is done is read from
-there.
+warm-up steps of 4 rows. Directions are whole where no k is named. Prints tables by score; by the number of validation
+rows, of which there are 50 then (four kinds and 10 steps of warm-up alone); by the kind that is looked for, where the
+target is another one; and of a sketch's error beside the spread of the scores. A seed takes 3 GB of disk in --folder
+while it is measured; one that is done is read from there.
 """
 
 from __future__ import annotations
@@ -368,6 +368,14 @@ def show(setting: Setting, every: list[tuple[int, dict[str, np.ndarray]]]) -> No
         values = np.mean(by_kind[name], axis=0)  # [targets, kinds looked for]
         own = np.eye(kinds, dtype=bool)
         print(f"| {name} | {values[own].mean():.3f} | {values[~own].mean():.3f} | {chance:.3f} |")
+    print("\n| seed | error of k=8192: a cosine | a score | spread of the scores of less over the pool, by target |")
+    print("|---|---|---|---|")
+    for seed, found in every:
+        noise = found["less k=8192"] - found["less"]
+        targets = [slice(at, at + TARGET) for at in starts]
+        of_score = np.mean([noise[:, target].mean(axis=1).std() for target in targets])
+        spread = ", ".join(f"{found['less'][:, target].mean(axis=1).std():.4f}" for target in targets)
+        print(f"| {seed} | {noise.std():.4f} | {of_score:.4f} | {spread} |")
 
 
 if __name__ == "__main__":

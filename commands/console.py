@@ -20,6 +20,7 @@ from rich.text import Text
 from dataflex.json_text import json_of_figures
 from dataflex.progress import Interrupted
 
+SHORT = 16  # characters of a cell that is never broken
 EVERY = 30.0
 """Seconds between two lines about a task where there is no terminal."""
 
@@ -187,11 +188,12 @@ class Console:
         )
         for index in range(len(rows[0]) if rows else len(columns)):
             numeric = all(isinstance(row[index], (int, float)) for row in rows)
+            short = all(len(_shown(row[index])) <= SHORT for row in rows)
             heading = columns[index] if columns else ""
             if numeric and columns:  # a number is never broken, so its heading is what takes two lines
                 table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
             else:
-                table.add_column(heading, overflow="fold")
+                table.add_column(heading, overflow="fold", no_wrap=short)  # a broken histogram cannot be read
         for row in rows:
             table.add_row(*[Text(_shown(value)) for value in row])
         self.err.print(table)

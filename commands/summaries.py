@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 BARS = " ▁▂▃▄▅▆▇█"
 MOST_SHOWN = 5
+WIDE = 100  # columns of a terminal that has room for longer histograms
 
 
 def show_scores(
@@ -32,7 +33,7 @@ def show_scores(
     from dataflex.influence.scores import ranking, winners
 
     names = np.array(scores.dataset or ["rows"] * len(scores.row), dtype=object)
-    edges = np.histogram_bin_edges(scores.score, 16)
+    edges = np.histogram_bin_edges(scores.score, 16 if console.err.width >= WIDE else 8)
     table = []
     for name in dict.fromkeys(names.tolist()):
         own = scores.score[names == name]
@@ -40,7 +41,7 @@ def show_scores(
         low, middle, high = np.quantile(own, (0, 0.5, 1)).tolist()
         table.append([name, len(own), *picked, low, middle, high, histogram(own, edges)])
     counts = ["rows", "selected"] if chosen is not None else ["rows"]
-    console.table(title, ["dataset", *counts, "lowest", "median", "best", "from the lowest to the best score"], table)
+    console.table(title, ["dataset", *counts, "lowest", "median", "best", "low to high"], table)
     if len(scores.subtasks) > 1:
         rows = [
             [name, count, int(scores.row[best]), float(scores.subtasks[name][best])]

@@ -16,7 +16,8 @@ from rich.console import Console as RichConsole
 
 from dataflex.commands import console as printed
 from dataflex.commands.console import Console, left_of, rate_of
-from dataflex.commands.summaries import histogram
+from dataflex.commands.summaries import histogram, show_scores
+from dataflex.influence.scores import Scores
 
 
 def test_a_rate_below_one_a_second_is_seconds_of_one() -> None:
@@ -96,6 +97,21 @@ def test_a_small_histogram() -> None:
     edges = np.array([0.0, 1.0, 2.0, 3.0])
     assert histogram(np.array([0.5] * 16 + [1.5] * 8 + [2.5]), edges) == "█▄▁"
     assert histogram(np.array([2.5]), edges) == "  █"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_histogram_is_never_broken(width: int) -> None:
+    generator = np.random.default_rng(0)
+    names = ["glaive_toolcall_en_demo", "alpaca_en_demo"]
+    scores = Scores(np.arange(40), generator.normal(size=40), {}, names * 20)
+    shown = Console()
+    shown.err = RichConsole(width=width, file=io.StringIO())
+    show_scores(shown, "selected", scores, chosen=[1, 2, 3])
+    said = shown.err.file.getvalue()
+    edges = np.histogram_bin_edges(scores.score, 8 if width == 80 else 16)
+    for place in (0, 1):
+        assert f"  {histogram(scores.score[place::2], edges)}".rstrip() in said
+    assert max(map(len, said.splitlines())) <= width
 
 
 def test_scores_are_shown_by_dataset_with_the_best_rows(bench: Path, cli) -> None:

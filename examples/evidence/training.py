@@ -260,8 +260,8 @@ def deciles(root: Path, targets: list[str], seeds: list[int], anew: bool) -> Non
 
 def again(root: Path, targets: list[str], seeds: list[int], times: int) -> None:
     """Train `times` times more on the rows that each arm of AGAIN took in a finished comparison; print the losses."""
-    print("| target | seed | arm | rows of the target's kind | held-out loss, as compared and again |")
-    print("|---|---|---|---|---|")
+    print("| target | seed | arm | rows of the target's kind | calling a tool | held-out loss, as compared and again |")
+    print("|---|---|---|---|---|---|")
     for target in targets:
         for seed in seeds:
             folder, rate = root / f"data-{seed}", TUNED[target]
@@ -280,7 +280,18 @@ def again(root: Path, targets: list[str], seeds: list[int], times: int) -> None:
                     losses.append(json.loads(measured_again.read_text(encoding="utf-8"))["loss"])
                 kind = runs[arm]["picked"][f"pool_{target}"]
                 shown = ", ".join(f"{loss:.3f}" for loss in losses)
-                print(f"| {target} | {seed} | {arm} | {kind} of {len(records)} | {shown} |", flush=True)
+                print(
+                    f"| {target} | {seed} | {arm} | {kind} of {len(records)} | {calls(records)} | {shown} |", flush=True
+                )
+            for part in ("target", "held"):
+                records = json.loads((folder / f"{part}_{target}.json").read_text(encoding="utf-8"))
+                print(f"{target}, seed {seed}: {calls(records)} of {len(records)} rows of {part} call a tool")
+
+
+def calls(records: list[dict[str, Any]]) -> int:
+    """How many of the records call a tool, as rows of glaive_toolcall_en_demo or as messages."""
+    texts = [json.dumps(record) for record in records]
+    return sum('"function_call"' in text or '"tool_calls"' in text for text in texts)
 
 
 def main() -> None:

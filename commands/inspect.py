@@ -97,4 +97,6 @@ def _text(value: object) -> object:
         return ", ".join(f"{key} {_text(item)}" for key, item in value.items()) or "none"
     if isinstance(value, list):
         return ", ".join(str(_text(item)) for item in value) or "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return value

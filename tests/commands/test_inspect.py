@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,7 @@ def test_each_kind_is_told(target: str, kind: str, bench: Path, cli, tree) -> No
     before = tree(bench)
     result = cli("inspect", target)
     assert (result.exit_code, result.stdout) == (0, f"{target}: {kind}, whole\n"), result.stderr
+    assert not re.search(r"\d\.\d{6}", result.stderr), "numbers are rounded"
     found = json.loads(cli("inspect", target, "--json", "-q").stdout)
     assert (found["command"], found["kind"], found["whole"]) == ("inspect", kind, True)
     assert tree(bench) == before

@@ -21,6 +21,7 @@ from dataflex.json_text import json_of_figures
 from dataflex.progress import Interrupted
 
 SHORT = 16  # characters of a cell that is never broken
+BRIEF = 1.0  # seconds: a task that takes less is not told where there is no terminal
 EVERY = 30.0
 """Seconds between two lines about a task where there is no terminal."""
 
@@ -129,7 +130,7 @@ class Console:
             count = _Count(self, description, total, unit)
             yield count
             seconds = time.monotonic() - count.started
-            if seconds >= 1:
+            if seconds >= BRIEF:
                 shown = "".join(f", {name} {value:.4g}" for name, value in count.shown.items())
                 self.say(f"{description}: {count.done} {unit} in {seconds:.0f} s{shown}")
             return
@@ -224,5 +225,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(_shown, value))
+        return ", ".join(map(_shown, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(item)}" for key, item in value.items()) or "none"
     return str(value)

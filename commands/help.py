@@ -14,6 +14,7 @@ from rich.text import Text
 from typer.core import TyperArgument, TyperCommand
 
 from dataflex.commands import completion
+from dataflex.commands.session import KEYS
 from dataflex.config import MARKS, RunConfig, default_of, help_of
 from dataflex.key_list import KeyFacts, key_facts
 from dataflex.keys import Decides
@@ -40,15 +41,6 @@ TOPIC_OF = {"component_name": TOPICS[Decides.SCORES]}
 """The topics of options whose keys decide nothing by themselves."""
 LINE = 62  # characters of an option's text that fit on its line
 WIDEST = 100  # columns: longer lines are hard to read
-
-# Parameters of commands that have another name than the key they set.
-KEYS = {
-    "model": "model_name_or_path",
-    "adapter": "adapter_name_or_path",
-    "train": "train_stores",
-    "validation": "eval_stores",
-    "component": "component_name",
-}
 
 
 class Command(TyperCommand):

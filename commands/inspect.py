@@ -62,7 +62,7 @@ def inspect(
         console = session.console
         found = look(target, session.config, console, keep=not dry_run)
         tabled = ("score_max", "score_mean", "score_min", "datasets", "winners") if found.kind == "scores" else ()
-        facts = {key.replace("_", " "): _text(value) for key, value in found.facts.items() if key not in tabled}
+        facts = {key.replace("_", " "): value for key, value in found.facts.items() if key not in tabled}
         console.facts(f"{found.kind} {found.name}", facts)
         if found.kind == "scores":
             from dataflex.influence.scores import read_scores
@@ -90,13 +90,3 @@ def inspect(
         if plot is not None and not dry_run:
             said.append(Path(plot))
         console.result(said, {"command": "inspect", **found.as_dict()})
-
-
-def _text(value: object) -> object:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items()) or "none"
-    if isinstance(value, list):
-        return ", ".join(str(_text(item)) for item in value) or "none"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return value

@@ -19,7 +19,6 @@ import dataflex
 from dataflex import environment
 from dataflex.commands import completion
 from dataflex.commands.console import Console
-from dataflex.commands.help import KEYS
 from dataflex.commands.signals import stoppable
 from dataflex.config import RunConfig, help_of, needed_keys
 from dataflex.distribution import namesake_notice
@@ -64,6 +63,16 @@ Nproc = Annotated[
 TokenBudget = Annotated[int | None, option("token_budget", "--token-budget")]
 SkipBadRows = Annotated[bool, typer.Option("--skip-bad-rows", help=help_of("skip_bad_rows"))]
 Reduce = Annotated[str | None, option("reduce", "--reduce")]
+
+
+# Parameters of commands that have another name than the key they set.
+KEYS = {
+    "model": "model_name_or_path",
+    "adapter": "adapter_name_or_path",
+    "train": "train_stores",
+    "validation": "eval_stores",
+    "component": "component_name",
+}
 
 
 def given(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -95,8 +95,10 @@ def gguf_file() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, model_dir: Path, data_dir: Path) -> Path:
-    """A random two-layer Llama in float32 with SmolLM2's tokenizer cut to the 2,048 commonest tokens of the demo rows:
-    the same code paths, in milliseconds. The head of SmolLM2's 49,152 tokens would be most of the work.
+    """A random two-layer Llama in float32: the same code paths, in milliseconds.
+
+    Its tokenizer is SmolLM2's, trained anew on rows of the demo to 2,048 tokens; it keeps the template and the special
+    tokens. A head of SmolLM2's 49,152 tokens would be most of the work.
 
     The weights are the same in every session. Treat it as read-only.
     """

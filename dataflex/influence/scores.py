@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -339,7 +340,8 @@ def read_scores(path: str | Path) -> Scores:
             or not all(_is_finite(value) for value in (score, *of_subtasks.values()))
         ):
             raise UsageError(
-                f'scores {path}, record {number}: expected {{"row": 17, "score": 0.01}}, found {str(record)[:80]}'
+                f'scores {path}, record {number}: expected {{"row": 17, "score": 0.01}}, and numbers by name under '
+                f'"subtasks" where there are any; found {str(record)[:80]}'
             )
         rows.append(row)
         values.append(float(record["score"]))
@@ -366,4 +368,5 @@ def read_scores(path: str | Path) -> Scores:
 
 def _is_finite(value: object) -> bool:
     """Whether a value from a file is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    limit = sys.float_info.max  # JSON holds integers of any size
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -limit <= value <= limit

@@ -249,7 +249,7 @@ def scorers(found: dict[str, np.ndarray], seed: int) -> dict[str, list[Callable[
         table[f"{label}, normalise rows"] = [mean(normalised.T)]
     for name in ("less formula", "dataflex formula", *(f"less k={dim}" for dim in WIDTHS), "less k=8192 int1"):
         table[name.replace("less k", "less, k").replace("less formula", "LESS's own formula")] = [mean(found[name])]
-    noise = found["less k=8192"] - found["less"]  # what the sketch adds to each cosine; it falls with the root of k
+    noise = sketch_error(found)  # it falls with the root of k
     table["less, half of the noise, as k=32768"] = [mean(found["less"] + noise / 2)]
     table["less, marginal, contrast pool, the noise of k=8192"] = [mean(contrasted(found["marginal"] + noise))]
     table["less, reduce rows"] = [lambda target: round_robin(found["less"][:, target].T)]
@@ -276,6 +276,11 @@ def scorers(found: dict[str, np.ndarray], seed: int) -> dict[str, list[Callable[
     chance = [generator.random(count) for _ in range(DRAWS)]
     table["random"] = [lambda target, drawn=drawn: drawn for drawn in chance]
     return table
+
+
+def sketch_error(found: dict[str, np.ndarray]) -> Cosines:
+    """What the sketch of k = 8192 adds to each cosine of the direction `less`."""
+    return found["less k=8192"] - found["less"]
 
 
 def contrasted(cosines: Cosines) -> Cosines:
@@ -371,7 +376,7 @@ def show(setting: Setting, every: list[tuple[int, dict[str, np.ndarray]]]) -> No
     print("\n| seed | error of k=8192: a cosine | a score | spread of the scores of less over the pool, by target |")
     print("|---|---|---|---|")
     for seed, found in every:
-        noise = found["less k=8192"] - found["less"]
+        noise = sketch_error(found)
         targets = [slice(at, at + TARGET) for at in starts]
         of_score = np.mean([noise[:, target].mean(axis=1).std() for target in targets])
         spread = ", ".join(f"{found['less'][:, target].mean(axis=1).std():.4f}" for target in targets)

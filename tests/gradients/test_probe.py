@@ -27,7 +27,7 @@ SIZES = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "vocab_size": 49152,
+    "vocab_size": 2048,
     "pad_token_id": 0,
 }
 LONGROPE = {

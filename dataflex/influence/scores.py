@@ -30,6 +30,8 @@ MIN_HELD = 1024
 """The fewest indices that a turn's order holds at a time."""
 
 MAX_ROW = (1 << 63) - 1
+LARGEST = sys.float_info.max
+"""The largest score: JSON holds integers of any size."""
 
 SHOWN = 5  # of the best rows
 ONE_SUBTASK = "all"
@@ -337,7 +339,8 @@ def read_scores(path: str | Path) -> Scores:
             type(row) is not int
             or not 0 <= row <= MAX_ROW
             or not isinstance(of_subtasks, dict)
-            or not all(_is_finite(value) for value in (score, *of_subtasks.values()))
+            or not _is_finite(score)
+            or not all(map(_is_finite, of_subtasks.values()))
         ):
             raise UsageError(
                 f'scores {path}, record {number}: expected {{"row": 17, "score": 0.01}}, and numbers by name under '
@@ -346,9 +349,12 @@ def read_scores(path: str | Path) -> Scores:
         rows.append(row)
         values.append(float(record["score"]))
         for name, value in of_subtasks.items():
-            column = subtasks.setdefault(str(name), array("d"))
-            column.extend([math.nan] * (number - 1 - len(column)))
-            column.append(float(value))
+            column = subtasks.get(name)
+            if column is None:
+                column = subtasks[name] = array("d")
+            if len(column) < number - 1:
+                column.extend([math.nan] * (number - 1 - len(column)))
+            column.append(value)
         if record.get("dataset") is not None:
             named.append(names.setdefault(str(record["dataset"]), len(names)))
     if not rows:
@@ -366,7 +372,6 @@ def read_scores(path: str | Path) -> Scores:
     return Scores(row, np.array(values), {name: np.array(column) for name, column in subtasks.items()}, dataset)
 
 
-def _is_finite(value: object) -> bool:
+def _is_finite(value: Any) -> bool:
     """Whether a value from a file is a finite number."""
-    limit = sys.float_info.max  # JSON holds integers of any size
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -limit <= value <= limit
+    return type(value) in (int, float) and -LARGEST <= value <= LARGEST

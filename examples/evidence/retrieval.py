@@ -2,16 +2,17 @@
 
     .venv/bin/python examples/evidence/retrieval.py --seeds 1 2 3
     .venv/bin/python examples/evidence/retrieval.py --seeds 1 2 3 --all-kinds
-    .venv/bin/python examples/evidence/retrieval.py --seeds 1 --warmup-steps 1 4 40
+    .venv/bin/python examples/evidence/retrieval.py --seeds 1 2 --warmup-steps 0 1 4 40
 
 The pool is 40 rows each of general instructions in English and in Chinese, of questions about the model's identity and
-of tool calls; 10 other rows of each kind are the target in turn. With --all-kinds it is 24 rows each of all of
-LLaMA-Factory's demo sets for chats: also tool calls in Chinese, the chosen answers of its two preference sets, and the
-rows of its set for KTO that are labelled good. SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 256 tokens, 10
-warm-up steps of 4 rows. Directions are whole where no k is named. Prints tables by score; by the number of validation
-rows, of which there are 50 then (four kinds and 10 steps of warm-up alone); by the kind that is looked for, where the
-target is another one; and of a sketch's error beside the spread of the scores. A seed takes 3 GB of disk in --folder
-while it is measured; one that is done is read from there.
+of tool calls; 10 other rows of each kind are the target in turn. With --all-kinds it is 24 rows each of all of LLaMA-
+Factory's demo sets for chats: also tool calls in Chinese, the chosen answers of its two preference sets, and the rows
+of its set for KTO that are labelled good. SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 256 tokens, 10
+warm-up steps of 4 rows; with none the adapter is untrained and Adam's moments are zeros. Directions are whole where no
+k is named. Prints tables by score; by the number of validation rows, of which there are 50 then (four kinds and 10
+steps of warm-up alone); by the kind that is looked for, where the target is another one; and of a sketch's error beside
+the spread of the scores. A seed takes 3 GB of disk in --folder while it is measured; one that is done is read from
+there.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ TARGET = 10
 UPPER = 15  # of 30 layers: where the upper half begins
 SCALE = 1000.0  # unit vectors of millions of numbers, kept as float16
 DRAWS = 10  # of random reference rows
+UNTRAINED = 1e-30
+"""A learning rate that leaves the adapter as it was drawn."""
 LIBRARY = Path(__file__).resolve().parent.parent.parent
 
 Cosines = np.ndarray
@@ -142,8 +145,8 @@ def measure(folder: Path, setting: Setting, seed: int, steps: int) -> dict[str, 
             "dataset": [f"pool_{kind}" for kind in setting.kinds],
             "eval_dataset": [f"target_{kind}" for kind in setting.kinds],
             "per_device_train_batch_size": 4,
-            "learning_rate": 2e-4,
-            "warmup_step": steps,
+            "learning_rate": 2e-4 if steps else UNTRAINED,
+            "warmup_step": max(steps, 1),
             "disable_gradient_checkpointing": True,
             "seed": seed,
             "token_budget": 1024,
@@ -166,7 +169,7 @@ def measure(folder: Path, setting: Setting, seed: int, steps: int) -> dict[str, 
             norms[index] = vector.norm()
             plain[index] = (vector / norms[index] * SCALE).numpy()
 
-    moments = load_moments(checkpoint)
+    moments = load_moments(checkpoint) if steps else without_steps(load_moments(checkpoint))
     found = cosines_of(capture, moments, plain, norms, len(train.examples))
     del plain
     (folder / "plain.npy").unlink()
@@ -184,6 +187,17 @@ def measure(folder: Path, setting: Setting, seed: int, steps: int) -> dict[str, 
     found["embed"] = embeddings[:count] @ embeddings.T
     found["tokens"] = supervised_tokens(train.examples)
     return found
+
+
+def without_steps(moments: AdamMoments) -> AdamMoments:
+    """The moments of an optimizer that has taken no step."""
+    return replace(
+        moments,
+        exp_avg={name: torch.zeros_like(values) for name, values in moments.exp_avg.items()},
+        exp_avg_sq={name: torch.zeros_like(values) for name, values in moments.exp_avg_sq.items()},
+        steps=dict.fromkeys(moments.steps, 0),
+        step=0,
+    )
 
 
 def cosines_of(

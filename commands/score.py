@@ -49,10 +49,14 @@ def score(
         path = dataflex.score(session.config, session.console)
         scores = read_scores(path)
         show_scores(session.console, f"scores of {len(scores.row)} rows", scores)
-        correlation = facts_of(path)["length_correlation"]
-        session.console.facts("scores", {"Spearman's correlation with supervised tokens": correlation})
+        made = facts_of(path)
+        correlations = {key: made.get(key) for key in ("length_correlation", "exact_correlation")}
+        shown = {"Spearman's correlation with supervised tokens": correlations["length_correlation"]}
+        if correlations["exact_correlation"] is not None:
+            shown["correlation with scores of whole gradients, estimated"] = correlations["exact_correlation"]
+        session.console.facts("scores", shown)
         if session.config.dataset:
             names, subset = ",".join(session.config.dataset), path.with_name("subset.jsonl")
             session.next("select", "--scores", path, "--data", names, "--top", "5%", "-o", subset)
-        facts = {"command": "score", "output": str(path), "rows": len(scores.row), "length_correlation": correlation}
+        facts = {"command": "score", "output": str(path), "rows": len(scores.row), **correlations}
         session.console.result([path], facts)

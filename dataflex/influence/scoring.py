@@ -19,6 +19,7 @@ from dataflex.gradients.probe import TRYING, check_capture
 from dataflex.gradients.reference import reference_weights
 from dataflex.influence.exact import exact_cosines
 from dataflex.influence.pairs import open_weighted
+from dataflex.influence.projection_error import exact_correlation, projection_warning
 from dataflex.influence.scores import (
     Scores,
     influence,
@@ -162,16 +163,22 @@ def _stored_scores(config: RunConfig, ready: StoredScoring, progress: Progress) 
     scratch = Path(needed(config.output)).parent
     cosines: list[np.ndarray] = []
     labels: list[str] = []
-    for ours, theirs in pairs:
-        labels, values = stored_cosines(
+    train = pairs[0][0]
+    halves: np.ndarray | None = np.zeros((2, len(train)))
+    for (ours, theirs), weight in zip(pairs, weights, strict=True):
+        labels, values, of_checkpoint = stored_cosines(
             ours, theirs, progress, per_row=config.per_row, contrast=config.contrast != 0, scratch=scratch
         )
+        halves = None if halves is None or of_checkpoint is None else halves + weight * of_checkpoint
         if config.per_row:
             labels, values = settle(labels, values, config.normalise, config.reduce)
         cosines.append(values)
     total, by_subtask = influence(cosines, weights, config.reduce, labels, scratch)
-    train = pairs[0][0]
+    correlation = None if halves is None else exact_correlation(halves)
+    if warning := projection_warning(correlation, train.dim):
+        progress.say(warning)
     came_from = {
+        "exact_correlation": correlation,
         "files": train.manifest.files,
         "weights": weights,
         "checkpoints": [

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,18 @@ from dataflex.store.reader import GradientStore
 STRIPE_ROWS = 4096  # the work of a thread between two signs of progress
 
 
+class StoredCosines(NamedTuple):
+    """What the rows of a training store have to do with those of a validation store."""
+
+    labels: list[str]
+    """[Q] subtasks' names, or the subtask of each validation row."""
+    values: np.ndarray
+    """[Q, N] float32: each training row's mean cosine with a subtask's rows, or its cosine with a validation row."""
+    halves: np.ndarray | None
+    """[2, N] float32: the parts of a training row's mean over Q that the first and the second half of the projected
+    numbers add to it. None where nothing was projected."""
+
+
 def stored_cosines(
     train: GradientStore,
     validation: GradientStore,
@@ -27,14 +40,14 @@ def stored_cosines(
     per_row: bool = False,
     contrast: bool = False,
     scratch: Path | None = None,
-) -> tuple[list[str], np.ndarray]:
-    """Each training row's mean cosine with each subtask's rows: the subtasks' names, and [S, N] float32.
+) -> StoredCosines:
+    """Each training row's mean cosine with each subtask's rows.
 
     Bad rows that were skipped have NaN, or have no part in the means. Products are summed in float32; a
     thread holds one tile of the training store at a time.
 
     Args:
-        per_row: give the cosine with each validation row, [V, N], and the subtask of each; a bad one has NaN.
+        per_row: give the cosine with each validation row; a bad one has NaN.
         contrast: take the mean cosine with the reference rows of the training store off every cosine.
         scratch: the folder for a file that holds the cosines where they are many; the system's when left out.
 
@@ -46,16 +59,28 @@ def stored_cosines(
     bad = validation.bad if per_row else np.zeros(len(names), dtype=bool)
     if contrast:
         queries = queries - train.reference
+    sought = np.concatenate([queries, _halves_of(queries[~bad].sum(axis=0) / max(1, (~bad).sum()))])
     cosines = scratch_array((len(names), len(train)), np.float32, scratch)
+    halves = np.empty((2, len(train)), dtype=np.float32)
     starts = range(0, len(train), STRIPE_ROWS)
     with progress.task("scoring", len(train), "rows") as task, _one_thread_a_worker() as pool:
-        for start, part in zip(starts, pool.map(lambda start: _stripe(train, queries, start), starts), strict=True):
+        for start, part in zip(starts, pool.map(lambda start: _stripe(train, sought, start), starts), strict=True):
             _require_finite(train, part)
-            cosines[:, start : start + part.shape[1]] = part
+            cosines[:, start : start + part.shape[1]] = part[:-2]
+            halves[:, start : start + part.shape[1]] = part[-2:]
             task.advance(part.shape[1])
     cosines[:, train.bad] = np.nan
     cosines[bad] = np.nan
-    return names, cosines
+    halves[:, train.bad] = np.nan
+    return StoredCosines(names, cosines, halves if train.manifest.is_projected else None)
+
+
+def _halves_of(query: np.ndarray) -> np.ndarray:
+    """[2, k]: the first half of the numbers of `query` [k], and the second half, among zeros."""
+    halves = np.zeros((2, len(query)), dtype=np.float32)
+    middle = len(query) // 2
+    halves[0, :middle], halves[1, middle:] = query[:middle], query[middle:]
+    return halves
 
 
 def _rows_of(validation: GradientStore) -> tuple[list[str], np.ndarray]:
@@ -80,7 +105,7 @@ def _one_thread_a_worker() -> Iterator[ThreadPoolExecutor]:
 
 
 def _stripe(store: GradientStore, queries: np.ndarray, start: int) -> np.ndarray:
-    """Products [S, n] of `queries` [S, k] with the unit vectors of the rows from `start` on."""
+    """Products [Q, n] of `queries` [Q, k] with the unit vectors of the rows from `start` on."""
     stop = min(start + STRIPE_ROWS, len(store))
     found = np.empty((len(queries), stop - start), dtype=np.float32)
     columns = torch.from_numpy(queries.T)

@@ -19,6 +19,7 @@ from dataflex.gradients.direction import make_direction
 from dataflex.gradients.reference import reference_weights
 from dataflex.influence.exact import exact_cosines
 from dataflex.influence.pairs import open_pairs
+from dataflex.influence.projection_error import exact_correlation, projection_warning
 from dataflex.influence.scores import Scores, influence, normalise_weights, settle
 from dataflex.influence.stored import stored_cosines
 from dataflex.selectors.candidates import Candidates, carry_back, choose_candidates
@@ -168,7 +169,7 @@ def _stored(situation: Situation, chosen: Candidates | None) -> tuple[list[str],
     if processes.rank() == 0:
         [(train, validation)] = open_pairs([paths[1]], [paths[0]])
         with train, validation:
-            found = stored_cosines(
+            labels, cosines, halves = stored_cosines(
                 train,
                 validation,
                 situation.progress,
@@ -176,4 +177,7 @@ def _stored(situation: Situation, chosen: Candidates | None) -> tuple[list[str],
                 contrast=config.contrast != 0,
                 scratch=situation.cache,
             )
+        found = labels, cosines
+        if halves is not None and (warning := projection_warning(exact_correlation(halves), train.dim)):
+            situation.progress.say(warning)
     return needed(processes.broadcast(found))

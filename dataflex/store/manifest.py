@@ -72,6 +72,11 @@ class Manifest(Mapping[str, Any]):
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Every further key of the configuration that decides the rows, the model, the directions or the projection."""
 
+    @property
+    def is_projected(self) -> bool:
+        """Whether a row is a projection. Where that is not known, it is taken for none."""
+        return self.settings.get("projector", "none") != "none"
+
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """The manifest that `to_json` wrote, or another program's.

@@ -36,6 +36,7 @@ from dataflex.gradients.capture import Capture
 from dataflex.gradients.collect import checkpoint_capture
 from dataflex.gradients.direction import make_direction, plain_direction
 from dataflex.gradients.passes import batches_of, project_rows
+from dataflex.influence.projection_error import exact_correlation
 from dataflex.influence.scores import length_correlation, round_robin, standardise
 from dataflex.model import load_tokenizer
 from dataflex.progress import SILENT
@@ -234,6 +235,8 @@ def cosines_of(
     for dim, pair in images.items():
         directions_of, gradients_of = (unit(image.numpy()) for image in pair)
         found[f"less k={dim}"] = directions_of @ gradients_of.T
+        if dim == WIDTHS[0]:
+            found["less k=8192, first half"] = directions_of[:, : dim // 2] @ gradients_of[:, : dim // 2].T
     signs = [np.where(unit(image.numpy()) >= 0, 1.0, -1.0) for image in images[8192]]
     found["less k=8192 int1"] = signs[0] @ signs[1].T / 8192
     return found
@@ -387,14 +390,23 @@ def show(setting: Setting, every: list[tuple[int, dict[str, np.ndarray]]]) -> No
         values = np.mean(by_kind[name], axis=0)  # [targets, kinds looked for]
         own = np.eye(kinds, dtype=bool)
         print(f"| {name} | {values[own].mean():.3f} | {values[~own].mean():.3f} | {chance:.3f} |")
-    print("\n| seed | error of k=8192: a cosine | a score | spread of the scores of less over the pool, by target |")
-    print("|---|---|---|---|")
+    headings = ["seed", "error of k=8192: a cosine", "a score", "spread of the scores of less over the pool"]
+    headings += ["correlation of both scores", "as estimated"]
+    print(f"\n| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for seed, found in every:
         noise = sketch_error(found)
         targets = [slice(at, at + TARGET) for at in starts]
         of_score = np.mean([noise[:, target].mean(axis=1).std() for target in targets])
-        spread = ", ".join(f"{found['less'][:, target].mean(axis=1).std():.4f}" for target in targets)
-        print(f"| {seed} | {noise.std():.4f} | {of_score:.4f} | {spread} |")
+        by_target: list[list[str]] = []
+        for target in targets:
+            exact, sketched, first = (
+                found[name][:, target].mean(axis=1) for name in ("less", "less k=8192", "less k=8192, first half")
+            )
+            measured = np.corrcoef(exact, sketched)[0, 1]
+            estimated = exact_correlation(np.stack([first, sketched - first])) or 0.0
+            by_target.append([f"{exact.std():.4f}", f"{measured:.2f}", f"{estimated:.2f}"])
+        cells = " | ".join(", ".join(values) for values in zip(*by_target, strict=True))
+        print(f"| {seed} | {noise.std():.4f} | {of_score:.4f} | {cells} |")
 
 
 if __name__ == "__main__":

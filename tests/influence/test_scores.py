@@ -8,6 +8,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from made_stores import make_store, unit
 
 from dataflex import load_config
 from dataflex.errors import UsageError
@@ -24,36 +25,9 @@ from dataflex.influence.scores import (
     write_scores,
 )
 from dataflex.influence.scoring import score
-from dataflex.store.manifest import Manifest
 from dataflex.store.reader import GradientStore, open_store
-from dataflex.store.writer import StoreWriter, create_store
 
 K = 64
-
-
-def make_store(
-    path: Path, rows: np.ndarray, *, subtask=None, rate=1e-4, dtype="float32", plain=None, **changes
-) -> Path:
-    manifest = {
-        "store_dtype": dtype,
-        "proj_dim": rows.shape[1],
-        "parameters": [["p", 9]],
-        "datasets": [["made", 0]],
-        "data": "d",
-        "learning_rate": rate,
-        "projector": "sketch",
-        **changes,
-    }
-    manifest = Manifest.from_json(json.dumps(manifest))
-    create_store(path, manifest=manifest, row=np.arange(len(rows)) * 2, tokens=np.ones(len(rows)), subtask=subtask)
-    with StoreWriter(path) as writer:
-        writer.write(list(range(len(rows))), rows.astype(np.float32), np.zeros(len(rows)), plain)
-    return path
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    rows = rows.astype(np.float64)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def plain_formula(trains, validations, subtask, weights, how) -> np.ndarray:
@@ -176,7 +150,7 @@ def test_stores_of_any_size_and_kind_are_scored_as_their_rows_are(tmp_path, monk
             del file["gradients"]
             file.create_dataset("gradients", data=rows, compression="gzip")
     with open_store(train) as ours, open_store(validation) as theirs:
-        subtasks, found = stored.stored_cosines(ours, theirs)
+        subtasks, found, _ = stored.stored_cosines(ours, theirs)
         assert subtasks == ["a", "b"]
         wanted = [ours[:] @ theirs[index::2].mean(axis=0) for index in (1, 0)]
     np.testing.assert_allclose(found, wanted, atol=2e-6)

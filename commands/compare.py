@@ -56,27 +56,30 @@ def compare(
 
         folder = dataflex.compare(session.config, session.console)
         found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        _show(session.console, found)
+        show_comparison(session.console, found)
         if session.config.report:
             session.console.say(f"the page: {folder / 'report.html'}")
         session.console.result([folder], {"output": str(folder), **found})
 
 
-def _show(console: Console, found: dict[str, Any]) -> None:
-    """The closing tables."""
-    rows = [
-        [
-            f"{one['budget']:g}",
-            one["arm"],
-            one["loss"],
-            f"{one['difference']:+.4f}" if "difference" in one else "",
-            f"{one['low']:+.4f} to {one['high']:+.4f}" if "difference" in one else "",
-            _verdict(one),
+def show_comparison(console: Console, found: dict[str, Any]) -> None:
+    """The closing tables, one a budget."""
+    seeds = f"seed{'s' if len(found['seeds']) > 1 else ''} {', '.join(map(str, found['seeds']))}"
+    measured = f"loss on {found['held_out']['rows']} held-out rows, {seeds}"
+    for budget in found["budgets"]:
+        rows = [
+            [
+                one["arm"],
+                f"{one['loss']:.4f}",
+                f"{one['difference']:+.4f}" if "difference" in one else "",
+                f"{one['low']:+.4f} to {one['high']:+.4f}" if "difference" in one else "",
+                _verdict(one),
+            ]
+            for one in found["summary"]
+            if one["budget"] == budget
         ]
-        for one in found["summary"]
-    ]
-    title = f"loss on {found['held_out']['rows']} held-out rows, {len(found['seeds'])} seeds, budget by {found['by']}"
-    console.table(title, ["budget", "arm", "loss", "against random", "95% interval", ""], rows)
+        title = f"budget {budget:g} of the {found['by']}: {measured}"
+        console.table(title, ["arm", "loss", "against\nrandom", "95% interval", ""], rows)
     console.say(found["verdict"])
     for name, test in found.get("deciles", {}).items():
         console.facts(

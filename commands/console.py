@@ -20,7 +20,7 @@ from rich.text import Text
 from dataflex.json_text import json_of_figures
 from dataflex.progress import Interrupted
 
-SHORT = 16  # characters of a cell that is never broken
+SHORT = 20  # characters of a cell that is never broken
 BRIEF = 1.0  # seconds: a task that takes less is not told where there is no terminal
 EVERY = 30.0
 """Seconds between two lines about a task where there is no terminal."""

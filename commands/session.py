@@ -232,12 +232,15 @@ def _errors_only(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def _warnings_to(console: Console, debug: bool) -> Iterator[None]:
-    """Our own warnings go through the console, the libraries' stay away unless debugging."""
+    """Our own warnings go through the console, each once; the libraries' stay away unless debugging."""
 
+    said: set[str] = set()
     ours = (Path(dataflex.__file__).parent, Path(__file__).parent)  # two places where the install is editable
 
     def show(message: Any, category: type[Warning], filename: str, *rest: Any, **more: Any) -> None:
-        if category is UserWarning and any(Path(filename).is_relative_to(folder) for folder in ours):
+        is_ours = category is UserWarning and any(Path(filename).is_relative_to(folder) for folder in ours)
+        if is_ours and str(message) not in said:
+            said.add(str(message))
             console.warning(str(message))
 
     with warnings.catch_warnings():

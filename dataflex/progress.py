@@ -40,6 +40,22 @@ class Progress(Protocol):
         """One line worth keeping in the log."""
 
 
+class Once:
+    """Passes a line of the log on the first time that it is said: for work that reads the same rows many times."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._said: set[str] = set()
+
+    def task(self, description: str, total: int, unit: str) -> contextlib.AbstractContextManager[Task]:
+        return self._progress.task(description, total, unit)
+
+    def say(self, message: str) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            self._progress.say(message)
+
+
 class _SilentTask:
     def advance(self, amount: int = 1, **shown: Any) -> None:
         pass

@@ -119,6 +119,8 @@ class Pieces:
         if processes.rank() == 0:  # only a run that goes on needs them
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
+        rows = len(training.indices)
+        self.progress.say(f"{training.name}, seed {training.seed}: held-out loss {loss.mean():.4f} after {rows} rows")
         return loss
 
     def _holds(self, subset: Path, training: Training) -> bool:

@@ -34,7 +34,7 @@ from dataflex.needs import as_run, check_needs, on_held_out
 from dataflex.origin import origin
 from dataflex.outline import outline
 from dataflex.planning import Plan, read_rows
-from dataflex.progress import SILENT, Progress
+from dataflex.progress import SILENT, Once, Progress
 from dataflex.provenance import RunRecord, Stopwatch, open_record, read_record
 from dataflex.reporting.facts import NUMBERS
 from dataflex.reporting.run import report
@@ -53,6 +53,7 @@ def compare(config: RunConfig, progress: Progress = SILENT) -> Path:
     Returns the folder `output`, with report.json and everything it was made from. Started again after it was stopped,
     or with further selectors, budgets or seeds, it makes only what is not there yet.
     """
+    progress = Once(progress)
     ready = prepare_compare(config, Plan("compare"), progress)
     with open_record(ready.config, needed(ready.came_from), REMAINS) as record:
         found = _make(ready, record)

@@ -121,12 +121,19 @@ def load_split(
     report = rows.report()
     if not rows:
         raise UsageError(_nothing_left(_key_of(config, split), names, report))
-    progress.say(report.summary(f"{split} data"))
+    told = told_name(config, split)
+    progress.say(report.summary(told))
     if config.template is not None:
         warn_of_foreign_system(config.template, tokenizer)
-    for warning in (*report.warnings(f"{split} data"), *_cut_by_max_samples(config, split, sources)):
+    for warning in (*report.warnings(told), *_cut_by_max_samples(config, split, sources)):
         warnings.warn(warning, stacklevel=2)
     return Split(rows, report, rows.fingerprint, files, _shortened(facts))
+
+
+def told_name(config: RunConfig, split: str) -> str:
+    """What the log calls the rows of a split: held-out ones are read as validation rows."""
+    is_held_out = split == "eval" and config.held_out is not None and config.eval_dataset == config.held_out
+    return "held-out data" if is_held_out else f"{split} data"
 
 
 def dated(config: RunConfig, kept: str | None = None) -> RunConfig:
@@ -277,10 +284,8 @@ def _cut_by_max_samples(config: RunConfig, split: str, sources: Sequence[Source]
     for source in sources:
         size = source.num_samples or len(_slice_of(source, count_records(source)))
         if size > config.max_samples:
-            yield (
-                f"eval data: max_samples takes {config.max_samples} of {size} rows of {source.name!r}; "
-                "raise it to use the whole validation set"
-            )
+            taken = f"{config.max_samples} of {size} rows of {source.name!r}"
+            yield f"{told_name(config, split)}: max_samples takes {taken}; raise it to use them all"
 
 
 def _nothing_left(key: str, names: Sequence[str], report: Report) -> str:

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from dataflex.commands import console as printed
+from dataflex.commands.compare import show_comparison
 from dataflex.commands.console import Console, left_of, rate_of
 from dataflex.commands.summaries import histogram, show_scores
 from dataflex.influence.scores import Scores
@@ -112,6 +113,26 @@ def test_a_histogram_is_never_broken(width: int) -> None:
     for place in (0, 1):
         assert f"  {histogram(scores.score[place::2], edges)}".rstrip() in said
     assert max(map(len, said.splitlines())) <= width
+
+
+def test_a_comparison_is_a_table_a_budget_whose_lines_fit_80_columns() -> None:
+    arms = ["random", "length", "less-contrast-rds"]
+    told = {"difference": -0.0093, "low": -0.02351, "high": 0.00534}
+    summary = [
+        {"budget": budget, "arm": arm, "loss": 1.77923, **(told if arm != "random" else {})}
+        for budget in (0.05, 0.2)
+        for arm in arms
+    ]
+    found = {"budgets": [0.05, 0.2], "by": "tokens", "seeds": [42, 43], "held_out": {"rows": 24}, "verdict": "It won."}
+    shown, said = Console(), io.StringIO()
+    shown.err = RichConsole(width=80, file=said)
+    show_comparison(shown, {**found, "summary": summary})
+    lines = [line.rstrip() for line in said.getvalue().splitlines()]
+    assert max(map(len, lines)) <= 80
+    for budget in ("0.05", "0.2"):
+        assert f"budget {budget} of the tokens: loss on 24 held-out rows, seeds 42, 43" in lines
+    line = r" less-contrast-rds +1\.7792 +-0\.0093 +-0\.0235 to \+0\.0053 +not told apart"
+    assert sum(re.fullmatch(line, found) is not None for found in lines) == 2
 
 
 def test_scores_are_shown_by_dataset_with_the_best_rows(bench: Path, cli) -> None:

@@ -104,6 +104,7 @@ class Kills:
 
     def __init__(self, task: str, after: int) -> None:
         self.wanted, self.left = task, after
+        self.said: list[str] = []
 
     @contextlib.contextmanager
     def task(self, description: str, total: int, unit: str) -> Any:
@@ -118,7 +119,8 @@ class Kills:
 
         yield Task()
 
-    def say(self, message: str) -> None: ...
+    def say(self, message: str) -> None:
+        self.said.append(message)
 
 
 def figures_without_seconds(folder: Path) -> dict[str, Any]:
@@ -135,10 +137,24 @@ def small(config: RunConfig) -> RunConfig:
 
 
 @pytest.fixture(scope="module")
-def whole(small: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def log() -> Kills:
+    return Kills("no task", after=1)
+
+
+@pytest.fixture(scope="module")
+def whole(small: RunConfig, log: Kills, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return figures_without_seconds(
-        dataflex.compare(small.changed(output=str(tmp_path_factory.mktemp("whole") / "out")))
+        dataflex.compare(small.changed(output=str(tmp_path_factory.mktemp("whole") / "out")), log)
     )
+
+
+def test_the_log_tells_of_each_training_and_nothing_twice(whole: dict[str, Any], log: Kills) -> None:
+    assert len(log.said) == len(set(log.said))
+    assert sum(line.startswith("held-out data: 5 of 5 rows") for line in log.said) == 1
+    for run in whole["runs"]:
+        part = 1 if run["arm"] == "all" else run["budget"]
+        told = f"{run['arm']}-{part:g}, seed {run['seed']}: held-out loss {run['loss']:.4f} after {run['rows']} rows"
+        assert told in log.said
 
 
 @pytest.mark.parametrize(("task", "after"), [("trainings", 2), ("training", 5), ("held-out loss", 2)])

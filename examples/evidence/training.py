@@ -12,11 +12,11 @@ tool calls; three of these kinds are the target in turn, with 8 other rows. Each
 pass, two rows a step, and is measured on 24 further rows of the target's kind, which are the same for all seeds. A seed
 draws another pool and another target, trains another warm-up and begins from other LoRA weights. SmolLM2-135M-Instruct,
 LoRA rank 16, 96 tokens. The arm oracle takes rows of the target's own kind. The target bbh is the examples with chains
-of thought that the package lm-eval has for its tasks BIG-bench Hard. Prints the loss against random rows with 95%
-intervals over seeds and held-out rows, and the share of the gap between random and oracle that is closed. With
---deciles it trains on each tenth of each ranking instead, and prints Spearman's correlation of a tenth's place with the
-loss. With --again N it trains on the rows of some arms N times more, from other LoRA weights and in another order, and
-prints the held-out losses. A comparison under way goes on in --folder. Each held-out row's loss is kept in
+of thought that the package lm-eval has for its tasks BIG-bench Hard, and 256 tokens. Prints the loss against random
+rows with 95% intervals over seeds and held-out rows, and the share of the gap between random and oracle that is closed.
+With --deciles it trains on each tenth of each ranking instead, and prints Spearman's correlation of a tenth's place
+with the loss. With --again N it trains on the rows of some arms N times more, from other LoRA weights and in another
+order, and prints the held-out losses. A comparison under way goes on in --folder. Each held-out row's loss is kept in
 training_losses.json beside this script; what stands there is not measured again, unless with --anew.
 """
 
@@ -103,7 +103,8 @@ def outside_records() -> list[dict[str, str]]:
         for path in sorted(tasks.glob("[a-z]*.yaml"))
         for sample in yaml.safe_load(path.read_text(encoding="utf-8"))["fewshot_config"]["samples"]
     ]
-    return [{"instruction": sample["input"], "input": "", "output": sample["target"]} for sample in samples]
+    answers = {sample["input"]: sample["target"] for sample in samples}  # some tasks have the same examples
+    return [{"instruction": question, "input": "", "output": answer} for question, answer in answers.items()]
 
 
 def opening_of(record: dict[str, Any]) -> tuple[str, ...]:
@@ -118,7 +119,7 @@ def configure(folder: Path, target: str, seed: int, rate: float, **changes: obje
         options={
             "model_name_or_path": str(LIBRARY / "models/SmolLM2-135M-Instruct"),
             "template": "smollm2",
-            "cutoff_len": 96,
+            "cutoff_len": 256 if target == OUTSIDE else 96,  # a question there is longer than 96 tokens
             "lora_rank": 16,
             "dataset_dir": str(folder),
             "dataset": [f"pool_{kind}" for kind in KINDS],

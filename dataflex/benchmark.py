@@ -31,7 +31,7 @@ from dataflex.data.examples import Example, Split
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.direction import make_direction
 from dataflex.gradients.passes import batches_of, project_rows
-from dataflex.gradients.probe import check_capture
+from dataflex.gradients.probe import TRYING, check_capture
 from dataflex.lora import Slot
 from dataflex.model import add_lora, compute_dtype, device, load_base_model, on_device
 from dataflex.needs import check_needs
@@ -65,16 +65,14 @@ def bench(config: RunConfig, progress: Progress = SILENT) -> dict[str, Any]:
 
     optimizer = torch.optim.AdamW([slot.parameter for slot in capture.slots], lr=config.learning_rate)
     rows = [[split.examples[index] for index in batch] for batch in batches]
-    _train_step(capture, rows[0], optimizer)  # both sides once, uncounted
-    clock = _Clock(capture.device)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        _collector(config, capture, optimizer, clock, Path(folder)) as collect,
-    ):
-        collect(rows[0])
-        clock.spans.clear()
-        peaks = {"train": 0, "grads": 0}
-        with progress.task("bench", 2 * len(rows), "batches") as task:
+    clock, peaks = _Clock(capture.device), {"train": 0, "grads": 0}
+    with progress.task("bench", 2 + 2 * len(rows), "batches") as task, tempfile.TemporaryDirectory() as folder:
+        _train_step(capture, rows[0], optimizer)  # both sides once, uncounted
+        task.advance(1)
+        with _collector(config, capture, optimizer, clock, Path(folder)) as collect:
+            collect(rows[0])
+            task.advance(1)
+            clock.spans.clear()
             for batch in rows:
                 clock.settle()
                 with _peak_memory(capture.device, peaks, "train"), clock.part("train"):
@@ -121,6 +119,7 @@ def prepare_bench(config: RunConfig, plan: Plan, progress: Progress = SILENT) ->
     dtype = compute_dtype(config)
     model = on_device(add_lora(load_base_model(config, dtype), config))
     capture = make_capture(model, dtype, tokenizer.pad_token_id, config.token_budget)
+    progress.say(TRYING)
     check_capture(capture, split.examples, progress)
     return split, sizes, capture
 

@@ -14,7 +14,7 @@ def merge(
     arguments: s.Arguments = None,
     model: s.Model = None,
     adapter: Annotated[str | None, s.option("adapter_name_or_path", "--adapter")] = None,
-    export_dir: Annotated[str | None, s.option("export_dir", "--export-dir")] = None,
+    export_dir: Annotated[str | None, s.option("export_dir", "--export-dir", "-o")] = None,
     template: s.Template = None,
     dry_run: s.DryRun = False,
     as_json: s.Json = False,

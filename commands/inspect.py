@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,13 +12,19 @@ from dataflex.commands import session as s
 from dataflex.commands.planned import show_data
 from dataflex.commands.summaries import show_scores
 
+if TYPE_CHECKING:
+    from dataflex.inspection import Inspection
+
+TABLED = ("score_max", "score_mean", "score_min", "datasets", "winners")
+"""Facts of scores that their table shows."""
+FINGERPRINT = re.compile("[0-9a-f]{64}")
 EXAMPLE = "Example: dataflex inspect alpaca_en_demo examples/demo.yaml"
 
 Target = Annotated[
     str,
     typer.Argument(
         metavar="WHAT",
-        help="A store, scores, a subset, a dataset (a name or a file), a checkpoint or an output directory.",
+        help="A store, scores, a subset, a dataset (a name or a file), a checkpoint, a run or a comparison.",
         show_default=False,
     ),
 ]
@@ -61,9 +68,7 @@ def inspect(
 
         console = session.console
         found = look(target, session.config, console, keep=not dry_run)
-        tabled = ("score_max", "score_mean", "score_min", "datasets", "winners") if found.kind == "scores" else ()
-        facts = {key.replace("_", " "): value for key, value in found.facts.items() if key not in tabled}
-        console.facts(f"{found.kind} {found.name}", facts)
+        console.facts(f"{found.kind} {found.name}", _told(found))
         if found.kind == "scores":
             from dataflex.influence.scores import read_scores
             from dataflex.influence.sidecar import read_manifest
@@ -90,3 +95,21 @@ def inspect(
         if plot is not None and not dry_run:
             said.append(Path(plot))
         console.result(said, {"command": "inspect", **found.as_dict()})
+
+
+def _told(found: Inspection) -> dict[str, Any]:
+    """The facts that the terminal shows: without those that a table of scores has, and of a store without the keys at
+    their defaults, unless they name its direction or projection. Fingerprints are cut to what a glance compares."""
+    from dataflex.config import RunConfig, default_of
+    from dataflex.store.reader import SHOWN
+
+    told = {}
+    for key, value in found.facts.items():
+        if found.kind == "scores" and key in TABLED:
+            continue
+        is_default = key in RunConfig.model_fields and value == default_of(key)
+        if found.kind == "store" and is_default and key not in SHOWN:
+            continue
+        cut = isinstance(value, str) and FINGERPRINT.fullmatch(value)
+        told[key.replace("_", " ")] = f"{value[:12]}…" if cut else value
+    return told

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import textwrap
 from dataclasses import asdict
 from typing import Annotated
 
@@ -30,11 +32,14 @@ def keys(
         from dataflex.key_list import key_facts
 
         found = key_facts(word)
+        # a terminal would break words; where there is none, each key's help is one line for grep
+        width = session.console.err.width if session.console.out.isatty() else sys.maxsize
         lines, heading = [], ""
         for facts in found:
             if facts.heading != heading:
                 heading = facts.heading
                 lines.append(f"# {heading}")
             lines.append(f"{facts.key}: {json.dumps(facts.default, ensure_ascii=False)}")
-            lines.append(f"    {facts.help} [{', '.join(facts.used_by)}]")
+            text = f"{facts.help} [{', '.join(facts.used_by)}]"
+            lines += textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ")
         session.console.result(lines, {"command": "keys", "keys": [asdict(facts) for facts in found]})

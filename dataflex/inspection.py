@@ -19,6 +19,7 @@ from dataflex.data.report import Report
 from dataflex.errors import UsageError
 from dataflex.files import read_jsonl
 from dataflex.progress import SILENT, Progress
+from dataflex.reporting.facts import NUMBERS
 
 ADAPTER, ADAPTER_CONFIG, MOMENTS, RUN = (
     "adapter_model.safetensors",
@@ -34,7 +35,7 @@ class Inspection:
     """The findings."""
 
     kind: str
-    """store, scores, subset, dataset, checkpoint or output directory."""
+    """store, scores, subset, dataset, checkpoint, output directory or comparison."""
     name: str
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -249,6 +250,10 @@ def _inspect_output(path: Path, checkpoints: Sequence[Path]) -> Inspection:
     found = Inspection("output directory", str(path))
     record = _read_json(path / RUN, found)
     found.facts |= {key: value for key, value in record.items() if key != "origin"}
+    if record and record.get("finished") is False:
+        found.problems.append("the run has not ended; the same command goes on from where it is")
+    if record.get("command") == "compare":
+        return _as_comparison(found, path)
     log = path / "trainer_log.jsonl"
     if log.is_file():
         *_, last = [{}, *(line for line in read_jsonl(log, "log") if "current_steps" in line)]
@@ -257,13 +262,20 @@ def _inspect_output(path: Path, checkpoints: Sequence[Path]) -> Inspection:
     selections = sorted((path / "selections").glob("step-*.jsonl"), key=_step_of)
     if selections:
         found.facts["selections_at"] = [_step_of(file) for file in selections]
-    if record and record.get("finished") is False:
-        found.problems.append("the run has not ended; the same command goes on from where it is")
     for name in (ADAPTER, ADAPTER_CONFIG):
         if record.get("finished") is not False and not (path / name).is_file():
             found.problems.append(f"{name} is missing")
     for checkpoint in checkpoints:
         found.problems += [f"{checkpoint.name}: {problem}" for problem in _inspect_checkpoint(checkpoint).problems]
+    return found
+
+
+def _as_comparison(found: Inspection, path: Path) -> Inspection:
+    """What the folder of a comparison holds beside its record."""
+    found.kind = "comparison"
+    if found.whole:
+        figures = _read_json(path / NUMBERS, found)
+        found.facts |= {key: figures[key] for key in ("arms", "budgets", "by", "seeds", "verdict") if key in figures}
     return found
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import re
+import subprocess
+import sys
 from importlib import import_module
 from typing import get_type_hints
 
@@ -62,3 +66,15 @@ def test_options_show_their_choices_and_defaults(cli) -> None:
 def test_a_key_written_as_an_option_is_shown_as_a_key(words: tuple[str, ...], cli) -> None:
     refused = cli("train", *words)
     assert refused.exit_code == 2 and "learning_rate=1e-4" in refused.stderr
+
+
+def test_keys_are_wrapped_between_words_on_a_terminal_and_a_line_each_elsewhere() -> None:
+    command = [sys.executable, "-m", "dataflex", "keys", "projector"]
+    ours, theirs = pty.openpty()
+    subprocess.run(command, stdout=theirs, env={**os.environ, "COLUMNS": "60"}, check=True)
+    os.close(theirs)
+    wrapped = os.read(ours, 1 << 16).decode().splitlines()
+    os.close(ours)
+    whole = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert max(map(len, wrapped)) <= 60 < max(map(len, whole))
+    assert " ".join(wrapped).split() == " ".join(whole).split()

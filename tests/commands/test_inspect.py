@@ -48,6 +48,16 @@ def test_each_kind_is_told(target: str, kind: str, bench: Path, cli, tree) -> No
     assert tree(bench) == before
 
 
+def test_of_a_store_the_terminal_shows_what_is_not_at_its_default(bench: Path, cli) -> None:
+    result = cli("inspect", "train.h5")
+    lines = [line.split("  ")[0].strip() for line in result.stderr.splitlines()]
+    assert {"rows", "dimensions", "gradient type", "projector", "template"} <= set(lines)
+    assert not {"quantization type", "mask history", "marginal", "proj seed"} & set(lines)
+    facts = json.loads(cli("inspect", "train.h5", "--json", "-q").stdout)["facts"]
+    assert {"quantization_type", "mask_history", "marginal", "proj_seed"} <= set(facts)
+    assert f"{facts['base_model'][:12]}…" in result.stderr and facts["base_model"] not in result.stderr
+
+
 def test_a_dataset_with_a_config(bench: Path, cli, row_cache: Path) -> None:
     result = cli("inspect", "alpaca", "run.yaml", "cutoff_len=64", "--dry-run")
     assert result.exit_code == 0, result.stderr

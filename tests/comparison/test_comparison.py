@@ -99,6 +99,15 @@ def test_the_report_is_made_of_its_runs(config: RunConfig, made: Path) -> None:
     assert {run["rows"] for run in report["runs"] if run["arm"] == "all"} == {48}
 
 
+def test_inspect_knows_a_comparison_and_whether_it_has_ended(made: Path, tmp_path: Path) -> None:
+    found, report = dataflex.inspect(made), report_of(made)
+    assert (found.kind, found.whole) == ("comparison", True)
+    assert (found.facts["arms"], found.facts["verdict"]) == (report["arms"], report["verdict"])
+    record = json.loads((made / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**record, "finished": False}))
+    assert dataflex.inspect(tmp_path).problems == ["the run has not ended; the same command goes on from where it is"]
+
+
 class Kills:
     """A Progress that ends the command after some trainings, or in the middle of one."""
 

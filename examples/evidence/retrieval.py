@@ -2,17 +2,16 @@
 
     .venv/bin/python examples/evidence/retrieval.py --seeds 1 2 3
     .venv/bin/python examples/evidence/retrieval.py --seeds 1 2 3 --all-kinds
-    .venv/bin/python examples/evidence/retrieval.py --seeds 1 2 --warmup-steps 0 1 4 40
+    .venv/bin/python examples/evidence/retrieval.py --seeds 1 --warmup-steps 0 1 4 10 40
 
 The pool is 40 rows each of general instructions in English and in Chinese, of questions about the model's identity and
-of tool calls; 10 other rows of each kind are the target in turn. With --all-kinds it is 24 rows each of all of LLaMA-
-Factory's demo sets for chats: also tool calls in Chinese, the chosen answers of its two preference sets, and the rows
-of its set for KTO that are labelled good. SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 256 tokens, 10
+of tool calls; 10 other rows of each kind are the target in turn. With --all-kinds it is 24 rows each of all of
+LLaMA-Factory's demo sets for chats: also tool calls in Chinese, the chosen answers of its two preference sets, and the
+rows of its set for KTO that are labelled good. SmolLM2-135M-Instruct, LoRA rank 16 on all linear layers, 256 tokens, 10
 warm-up steps of 4 rows; with none the adapter is untrained and Adam's moments are zeros. Directions are whole where no
-k is named. Prints tables by score; by the number of validation rows, of which there are 50 then (four kinds and 10
-steps of warm-up alone); by the kind that is looked for, where the target is another one; and of a sketch's error beside
-the spread of the scores. A seed takes 3 GB of disk in --folder while it is measured; one that is done is read from
-there.
+k is named. Prints tables by score; by the number of validation rows, of which there are 50 (four kinds and 10 steps of
+warm-up alone); by the kind that is looked for, where the target is another one; and of a sketch's error beside the
+spread of the scores. A seed takes 3 GB of disk in --folder while it is measured; one that is done is read from there.
 """
 
 from __future__ import annotations
@@ -331,10 +330,10 @@ def main() -> None:
         if arguments.all_kinds:
             setting = Setting({**KINDS, **FURTHER}, pool=24, most=TARGET)
         else:
-            setting = Setting(KINDS, pool=40, most=max(NUMBERS) if steps == 10 else TARGET)
+            setting = Setting(KINDS, pool=40, most=max(NUMBERS) if arguments.warmup_steps == [10] else TARGET)
         every = []
         for seed in arguments.seeds:
-            folder = arguments.folder / f"seed-{seed}-steps-{steps}-kinds-{len(setting.kinds)}"
+            folder = arguments.folder / f"seed-{seed}-steps-{steps}-kinds-{len(setting.kinds)}-rows-{setting.most}"
             kept = folder / "cosines.npz"
             if not kept.exists():
                 folder.mkdir(parents=True, exist_ok=True)

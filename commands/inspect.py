@@ -70,7 +70,7 @@ def inspect(
         found = look(target, session.config, console, keep=not dry_run)
         console.facts(f"{found.kind} {found.name}", _told(found))
         if found.kind == "scores":
-            from dataflex.influence.scores import read_scores
+            from dataflex.influence.score_file import read_scores
             from dataflex.influence.sidecar import read_manifest
 
             scores = read_scores(target)

@@ -43,7 +43,7 @@ def score(
         if dry_run:
             return show_plan(session, "score", launches=True, nproc=nproc)
         import dataflex
-        from dataflex.influence.scores import read_scores
+        from dataflex.influence.score_file import read_scores
         from dataflex.influence.sidecar import facts_of
 
         path = dataflex.score(session.config, session.console)

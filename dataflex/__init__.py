@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # HOMES, for editors and type checkers
     from dataflex.dynamic_run import dynamic
     from dataflex.evaluation.run import evaluate
     from dataflex.gradients.collect import grads
-    from dataflex.influence.scores import read_scores
+    from dataflex.influence.score_file import read_scores
     from dataflex.influence.scoring import score
     from dataflex.influence.selection import select
     from dataflex.inspection import inspect
@@ -67,7 +67,7 @@ HOMES = {
     "report": "dataflex.reporting.run",
     "bench": "dataflex.benchmark",
     "inspect": "dataflex.inspection",
-    "read_scores": "dataflex.influence.scores",
+    "read_scores": "dataflex.influence.score_file",
     "Console": "dataflex.commands.console",
 }
 

@@ -22,8 +22,9 @@ from dataflex.errors import UsageError
 from dataflex.files import check_room, read_jsonl, write_jsonl
 from dataflex.gradients.capture import Capture, make_capture
 from dataflex.gradients.passes import losses_of_rows, mean_loss
+from dataflex.influence.score_file import score_records
 from dataflex.influence.score_table import read_score_table, write_score_table
-from dataflex.influence.scores import Scores, best_rows, length_correlation, score_records
+from dataflex.influence.scores import Scores, best_rows, length_correlation
 from dataflex.model import compute_dtype, device
 from dataflex.needs import check_needs
 from dataflex.outline import Outline, note_gradient_pass, note_store

@@ -128,7 +128,8 @@ def _inspect_store(path: Path) -> Inspection:
 
 
 def _inspect_scores(path: Path, first: dict[str, Any]) -> Inspection:
-    from dataflex.influence.scores import read_scores, winners
+    from dataflex.influence.score_file import read_scores
+    from dataflex.influence.scores import winners
     from dataflex.influence.sidecar import read_manifest
 
     scores = read_scores(path)

@@ -22,7 +22,7 @@ from dataflex.data.subset import subset_records, take_records
 from dataflex.evaluation.run import evaluate
 from dataflex.files import json_lines, read_jsonl, write_json, write_text
 from dataflex.fingerprints import adapter_fingerprint
-from dataflex.influence.scores import read_scores
+from dataflex.influence.score_file import read_scores
 from dataflex.influence.scoring import score
 from dataflex.origin import Origin, origin
 from dataflex.provenance import Stopwatch

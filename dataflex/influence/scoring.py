@@ -20,6 +20,7 @@ from dataflex.gradients.reference import reference_weights
 from dataflex.influence.exact import exact_cosines
 from dataflex.influence.pairs import open_weighted
 from dataflex.influence.projection_error import exact_correlation, projection_warning
+from dataflex.influence.score_file import write_scores
 from dataflex.influence.scores import (
     Scores,
     influence,
@@ -27,7 +28,6 @@ from dataflex.influence.scores import (
     parse_weights,
     scores_of,
     settle,
-    write_scores,
 )
 from dataflex.influence.sidecar import write_with_manifest
 from dataflex.influence.stored import stored_cosines

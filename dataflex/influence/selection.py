@@ -14,7 +14,8 @@ from dataflex.data.catalog import find_sources
 from dataflex.data.subset import subset_records, take_records
 from dataflex.errors import UsageError
 from dataflex.files import json_lines, sha256_of, write_text
-from dataflex.influence.scores import Scores, ranking, read_scores
+from dataflex.influence.score_file import read_scores
+from dataflex.influence.scores import Scores, ranking
 from dataflex.influence.sidecar import read_manifest, write_with_manifest
 from dataflex.needs import check_needs
 from dataflex.planning import Plan

@@ -14,8 +14,8 @@ from dataflex.config_file import load_config, read_yaml_mapping
 from dataflex.data.catalog import find_sources
 from dataflex.errors import UsageError
 from dataflex.files import read_jsonl
+from dataflex.influence.score_file import read_scores
 from dataflex.influence.score_table import read_score_table
-from dataflex.influence.scores import read_scores
 from dataflex.influence.sidecar import read_manifest
 from dataflex.progress import Progress
 from dataflex.provenance import CONFIG_NAME, RunRecord, read_record

@@ -22,7 +22,8 @@ import dataflex
 from dataflex.config_file import load_config
 from dataflex.errors import UsageError
 from dataflex.files import check_output_dir, check_output_file
-from dataflex.influence.scores import Scores, read_scores
+from dataflex.influence.score_file import read_scores
+from dataflex.influence.scores import Scores
 
 CHECKPOINT = "warmup/checkpoint-4"
 TRAIN = "train run.yaml output_dir=out"

@@ -19,7 +19,8 @@ from dataflex.comparison.figures import agreement, datamodeling_score, decile_te
 from dataflex.config import RunConfig, save_config
 from dataflex.config_file import with_component
 from dataflex.errors import UsageError
-from dataflex.influence.scores import ranking, read_scores
+from dataflex.influence.score_file import read_scores
+from dataflex.influence.scores import ranking
 from dataflex.progress import Interrupted
 
 SEEDS = [42, 43]

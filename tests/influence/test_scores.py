@@ -13,16 +13,15 @@ from made_stores import make_store, unit
 from dataflex import load_config
 from dataflex.errors import UsageError
 from dataflex.influence import stored
+from dataflex.influence.score_file import read_scores, write_scores
 from dataflex.influence.scores import (
     Scores,
     influence,
     parse_weights,
     ranking,
-    read_scores,
     round_robin,
     standardise,
     winners,
-    write_scores,
 )
 from dataflex.influence.scoring import score
 from dataflex.store.reader import GradientStore, open_store

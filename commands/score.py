@@ -53,7 +53,7 @@ def score(
         correlations = {key: made.get(key) for key in ("length_correlation", "exact_correlation")}
         shown = {"Spearman's correlation with supervised tokens": correlations["length_correlation"]}
         if correlations["exact_correlation"] is not None:
-            shown["correlation with scores of whole gradients, estimated"] = correlations["exact_correlation"]
+            shown["correlation with whole gradients' mean cosines, estimated"] = correlations["exact_correlation"]
         session.console.facts("scores", shown)
         if session.config.dataset:
             names, subset = ",".join(session.config.dataset), path.with_name("subset.jsonl")

@@ -47,7 +47,7 @@ def show_scores(
             [name, count, int(scores.row[best]), float(scores.subtasks[name][best])]
             for name, (count, best) in winners(scores).items()
         ]
-        console.table("by subtask", ["subtask", "rows that score highest for it", "best row", "its score"], rows)
+        console.table("rows by best subtask", ["subtask", "rows", "best row", "its score"], rows)
     if sources:
         try:
             return _show_text(console, scores, sources, files)

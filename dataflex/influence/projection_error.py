@@ -11,7 +11,7 @@ FAITHFUL = 0.9
 
 
 def exact_correlation(halves: np.ndarray) -> float | None:
-    """Pearson's correlation of projected scores with the scores of whole gradients, estimated; 0 to 1.
+    """Pearson's correlation of mean cosines of projected gradients with those of whole gradients, estimated; 0 to 1.
 
     Each half of a projection's k numbers gives every row a score of its own, with an error of its own, and both add up
     to the row's score. Their difference then varies as the error of the score does, and
@@ -36,6 +36,6 @@ def projection_warning(correlation: float | None, dim: int) -> str | None:
     if correlation is None or correlation >= FAITHFUL:
         return None
     return (
-        f"the projection to {dim} numbers blurs these scores: their correlation with those of whole gradients is about "
-        f"{correlation:.2f}; a larger proj_dim blurs less, proj_dim: null not at all"
+        f"the projection to {dim} numbers blurs these scores: the correlation of mean cosines with those of whole "
+        f"gradients is about {correlation:.2f}; a larger proj_dim blurs less, proj_dim: null not at all"
     )

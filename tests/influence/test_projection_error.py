@@ -70,6 +70,6 @@ def test_the_warning_names_the_width_and_the_way_out():
     assert projection_warning(0.95, 8192) is None
     assert projection_warning(None, 8192) is None
     assert projection_warning(0.5, 8192) == (
-        "the projection to 8192 numbers blurs these scores: their correlation with those of whole gradients is about "
-        "0.50; a larger proj_dim blurs less, proj_dim: null not at all"
+        "the projection to 8192 numbers blurs these scores: the correlation of mean cosines with those of whole "
+        "gradients is about 0.50; a larger proj_dim blurs less, proj_dim: null not at all"
     )

@@ -59,28 +59,21 @@ def stored_cosines(
     bad = validation.bad if per_row else np.zeros(len(names), dtype=bool)
     if contrast:
         queries = queries - train.reference
-    sought = np.concatenate([queries, _halves_of(queries[~bad].sum(axis=0) / max(1, (~bad).sum()))])
+    shares = (~bad / max(1, (~bad).sum())).astype(np.float32)
     cosines = scratch_array((len(names), len(train)), np.float32, scratch)
     halves = np.empty((2, len(train)), dtype=np.float32)
     starts = range(0, len(train), STRIPE_ROWS)
     with progress.task("scoring", len(train), "rows") as task, _one_thread_a_worker() as pool:
-        for start, part in zip(starts, pool.map(lambda start: _stripe(train, sought, start), starts), strict=True):
+        stripes = pool.map(lambda start: _stripe(train, queries, shares, start), starts)
+        for start, (part, of_halves) in zip(starts, stripes, strict=True):
             _require_finite(train, part)
-            cosines[:, start : start + part.shape[1]] = part[:-2]
-            halves[:, start : start + part.shape[1]] = part[-2:]
+            cosines[:, start : start + part.shape[1]] = part
+            halves[:, start : start + part.shape[1]] = of_halves
             task.advance(part.shape[1])
     cosines[:, train.bad] = np.nan
     cosines[bad] = np.nan
     halves[:, train.bad] = np.nan
     return StoredCosines(names, cosines, halves if train.manifest.is_projected else None)
-
-
-def _halves_of(query: np.ndarray) -> np.ndarray:
-    """[2, k]: the first half of the numbers of `query` [k], and the second half, among zeros."""
-    halves = np.zeros((2, len(query)), dtype=np.float32)
-    middle = len(query) // 2
-    halves[0, :middle], halves[1, middle:] = query[:middle], query[middle:]
-    return halves
 
 
 def _rows_of(validation: GradientStore) -> tuple[list[str], np.ndarray]:
@@ -104,16 +97,20 @@ def _one_thread_a_worker() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def _stripe(store: GradientStore, queries: np.ndarray, start: int) -> np.ndarray:
-    """Products [Q, n] of `queries` [Q, k] with the unit vectors of the rows from `start` on."""
-    stop = min(start + STRIPE_ROWS, len(store))
-    found = np.empty((len(queries), stop - start), dtype=np.float32)
-    columns = torch.from_numpy(queries.T)
-    for first, rows in store.tiles(start, stop):
+def _stripe(store: GradientStore, queries: np.ndarray, shares: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """Products [Q, n] of `queries` [Q, k] with the unit vectors of the rows from `start` on; and [2, n] the sums, by
+    `shares` [Q], of the products of both halves of these vectors."""
+    count, middle = min(STRIPE_ROWS, len(store) - start), store.dim // 2
+    found, halves = np.empty((len(queries), count), np.float32), np.empty((2, count), np.float32)
+    columns, weights = torch.from_numpy(queries.T), torch.from_numpy(shares)
+    for first, rows in store.tiles(start, start + count):
         lengths = np.sqrt(np.vecdot(rows, rows))
         lengths[lengths == 0] = 1  # a bad row that was skipped
-        found[:, first - start : first - start + len(rows)] = (torch.from_numpy(rows) @ columns).numpy().T / lengths
-    return found
+        vectors, span = torch.from_numpy(rows), slice(first - start, first - start + len(rows))
+        parts = vectors[:, :middle] @ columns[:middle], vectors[:, middle:] @ columns[middle:]
+        found[:, span] = (parts[0] + parts[1]).numpy().T / lengths
+        halves[:, span] = torch.stack([part @ weights for part in parts]).numpy() / lengths
+    return found, halves
 
 
 def _means_of(validation: GradientStore) -> tuple[list[str], np.ndarray]:

@@ -34,6 +34,8 @@ def keys(
         found = key_facts(word)
         # a terminal would break words; where there is none, each key's help is one line for grep
         width = session.console.err.width if session.console.out.isatty() else sys.maxsize
+        wrapper = textwrap.TextWrapper(width, break_on_hyphens=False, break_long_words=False)
+        wrapper.initial_indent = wrapper.subsequent_indent = "    "
         lines, heading = [], ""
         for facts in found:
             if facts.heading != heading:
@@ -41,5 +43,5 @@ def keys(
                 lines.append(f"# {heading}")
             lines.append(f"{facts.key}: {json.dumps(facts.default, ensure_ascii=False)}")
             text = f"{facts.help} [{', '.join(facts.used_by)}]"
-            lines += textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ")
+            lines += wrapper.wrap(text)
         session.console.result(lines, {"command": "keys", "keys": [asdict(facts) for facts in found]})

@@ -11,6 +11,11 @@ from dataflex.commands.planned import show_plan
 from dataflex.commands.summaries import show_scores
 from dataflex.config import help_of
 
+WORDS = {
+    "length_correlation": "Spearman's correlation with supervised tokens",
+    "projection_correlation": "correlation with scores of whole gradients, estimated",
+}
+"""How the terminal names what is known of the scores."""
 EXAMPLE = "Example: dataflex score --train saves/train.h5 --eval saves/eval.h5 -o saves/scores.jsonl"
 
 
@@ -50,13 +55,10 @@ def score(
         scores = read_scores(path)
         show_scores(session.console, f"scores of {len(scores.row)} rows", scores)
         made = facts_of(path)
-        correlations = {key: made.get(key) for key in ("length_correlation", "exact_correlation")}
-        shown = {"Spearman's correlation with supervised tokens": correlations["length_correlation"]}
-        if correlations["exact_correlation"] is not None:
-            shown["correlation with whole gradients' mean cosines, estimated"] = correlations["exact_correlation"]
-        session.console.facts("scores", shown)
+        correlations = {key: made[key] for key in WORDS if key in made}
+        session.console.facts("scores", {WORDS[key]: value for key, value in correlations.items()})
         if session.config.dataset:
             names, subset = ",".join(session.config.dataset), path.with_name("subset.jsonl")
             session.next("select", "--scores", path, "--data", names, "--top", "5%", "-o", subset)
-        facts = {"command": "score", "output": str(path), "rows": len(scores.row), **correlations}
+        facts = {"command": "score", "output": str(path), "rows": len(scores.row)} | correlations
         session.console.result([path], facts)

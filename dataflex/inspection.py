@@ -143,7 +143,7 @@ def _inspect_scores(path: Path, first: dict[str, Any]) -> Inspection:
         "subtasks": list(first.get("subtasks") or {}),
     }
     manifest = read_manifest(path, len(scores.row), SILENT) or {}
-    facts |= {key: manifest[key] for key in ("length_correlation", "exact_correlation") if key in manifest}
+    facts |= {key: manifest[key] for key in ("length_correlation", "projection_correlation") if key in manifest}
     if len(scores.subtasks) > 1:
         facts["winners"] = {
             name: {"rows": count, "best_row": int(scores.row[best]), "best": float(scores.subtasks[name][best])}

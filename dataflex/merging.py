@@ -70,45 +70,42 @@ def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
     """
     ready = prepare_merge(config, Plan("merge"), progress)
     export_dir, tokenizer, chat = ready.export_dir, ready.tokenizer, ready.chat
-    with progress.task("merge", len(ready.adapters) + 3, "steps") as task:
-        model = load_base_model(config.changed(flash_attn="auto"), "auto")  # other kernels may need a GPU
-        _check_generation(model.generation_config.to_dict(), needed(config.model_name_or_path))  # a hub's as well
-        nn.Module.to(model, device() if config.export_device == "auto" else torch.device("cpu"))
-        task.advance()
-        adapters = [without_copies(model, adapter) for adapter in ready.adapters]
-        probe = Probe()
-        for adapter in adapters:
-            model = fold(model, adapter, look=probe.look)
-            probe.compare(model, f"adapter {adapter.path}", model.dtype)
-            progress.say(f"merged {adapter.path}")
-            task.advance()
-        nn.Module.to(model, export_dtype(model.dtype))
-        model.config.dtype = model.dtype
-        model.config.use_cache = True
-        _fix_generation(model, tokenizer, chat)
+    progress.say(f"reading {config.model_name_or_path}")
+    model = load_base_model(config.changed(flash_attn="auto"), "auto")  # other kernels may need a GPU
+    _check_generation(model.generation_config.to_dict(), needed(config.model_name_or_path))  # a hub's as well
+    nn.Module.to(model, device() if config.export_device == "auto" else torch.device("cpu"))
+    adapters = [without_copies(model, adapter) for adapter in ready.adapters]
+    probe = Probe()
+    for adapter in adapters:
+        progress.say(f"merging {adapter.path}")
+        model = fold(model, adapter, look=probe.look)
+        probe.compare(model, f"adapter {adapter.path}", model.dtype)
+    nn.Module.to(model, export_dtype(model.dtype))
+    model.config.dtype = model.dtype
+    model.config.use_cache = True
+    _fix_generation(model, tokenizer, chat)
 
-        export_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=export_dir.parent, prefix=f".{export_dir.name}.") as temporary:
-            folder = Path(temporary) / "model"
-            progress.say(f"writing {model.num_parameters() * model.dtype.itemsize / 1e9:.2f} GB to {config.export_dir}")
-            with disk_errors_of(f"export_dir {config.export_dir}"):
-                model.save_pretrained(folder, max_shard_size=f"{config.export_size}GB")
-                if config.export_legacy_format:
-                    _to_legacy(folder)
-                tokenizer.padding_side = "left"  # for generation
-                tokenizer.save_pretrained(folder)
-            write_text(folder / "Modelfile", ollama_modelfile(chat, tokenizer))
-            target_device, dtype = model.device, model.dtype
-            del model  # two of them may be more than there is room for
-            task.advance()
-            difference = check_export(folder, probe, config, target_device, dtype)
-            progress.say(f"read back: {difference}")
-            write_text(folder / CARD, merged_card(config, difference))
-            make_ordinary(*(path for path in folder.iterdir() if path.is_file()))
-            task.advance()
-            if export_dir.exists():
-                export_dir.rename(Path(temporary) / "former")
-            folder.rename(export_dir)
+    export_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=export_dir.parent, prefix=f".{export_dir.name}.") as temporary:
+        folder = Path(temporary) / "model"
+        progress.say(f"writing {model.num_parameters() * model.dtype.itemsize / 1e9:.2f} GB to {config.export_dir}")
+        with disk_errors_of(f"export_dir {config.export_dir}"):
+            model.save_pretrained(folder, max_shard_size=f"{config.export_size}GB")
+            if config.export_legacy_format:
+                _to_legacy(folder)
+            tokenizer.padding_side = "left"  # for generation
+            tokenizer.save_pretrained(folder)
+        write_text(folder / "Modelfile", ollama_modelfile(chat, tokenizer))
+        target_device, dtype = model.device, model.dtype
+        del model  # two of them may be more than there is room for
+        progress.say(f"reading {config.export_dir} back")
+        difference = check_export(folder, probe, config, target_device, dtype)
+        progress.say(f"read back: {difference}")
+        write_text(folder / CARD, merged_card(config, difference))
+        make_ordinary(*(path for path in folder.iterdir() if path.is_file()))
+        if export_dir.exists():
+            export_dir.rename(Path(temporary) / "former")
+        folder.rename(export_dir)
     return Path(needed(config.export_dir))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from dataflex.gradients.probe import TRYING, check_capture
 from dataflex.gradients.reference import reference_weights
 from dataflex.influence.exact import exact_cosines
 from dataflex.influence.pairs import open_weighted
-from dataflex.influence.projection_error import exact_correlation, projection_warning
+from dataflex.influence.projection_error import halves_of_scores, projection_correlation, projection_warning
 from dataflex.influence.score_file import write_scores
 from dataflex.influence.scores import (
     Scores,
@@ -28,6 +29,7 @@ from dataflex.influence.scores import (
     parse_weights,
     scores_of,
     settle,
+    weighted_sum,
 )
 from dataflex.influence.sidecar import write_with_manifest
 from dataflex.influence.stored import stored_cosines
@@ -164,21 +166,22 @@ def _stored_scores(config: RunConfig, ready: StoredScoring, progress: Progress) 
     cosines: list[np.ndarray] = []
     labels: list[str] = []
     train = pairs[0][0]
-    halves: np.ndarray | None = np.zeros((2, len(train)))
-    for (ours, theirs), weight in zip(pairs, weights, strict=True):
-        labels, values, of_checkpoint = stored_cosines(
+    halves: list[np.ndarray | None] = []
+    for ours, theirs in pairs:
+        labels, values, first = stored_cosines(
             ours, theirs, progress, per_row=config.per_row, contrast=config.contrast != 0, scratch=scratch
         )
-        halves = None if halves is None or of_checkpoint is None else halves + weight * of_checkpoint
+        halves.append(None if first is None else halves_of_scores(values, first, config.reduce))
         if config.per_row:
             labels, values = settle(labels, values, config.normalise, config.reduce)
         cosines.append(values)
     total, by_subtask = influence(cosines, weights, config.reduce, labels, scratch)
-    correlation = None if halves is None else exact_correlation(halves)
-    if warning := projection_warning(correlation, train.dim):
-        progress.say(warning)
+    known = [held for held in halves if held is not None]
+    correlation = projection_correlation(weighted_sum(weights, known)) if len(known) == len(halves) else None
+    if warning := projection_warning(correlation, train.dim, train.manifest.store_dtype):
+        warnings.warn(warning, stacklevel=2)
     came_from = {
-        "exact_correlation": correlation,
+        **({} if correlation is None else {"projection_correlation": correlation}),
         "files": train.manifest.files,
         "weights": weights,
         "checkpoints": [

@@ -27,9 +27,9 @@ class StoredCosines(NamedTuple):
     """[Q] subtasks' names, or the subtask of each validation row."""
     values: np.ndarray
     """[Q, N] float32: each training row's mean cosine with a subtask's rows, or its cosine with a validation row."""
-    halves: np.ndarray | None
-    """[2, N] float32: the parts of a training row's mean over Q that the first and the second half of the projected
-    numbers add to it. None where nothing was projected."""
+    first_half: np.ndarray | None
+    """[S, N] float32: the part of `values` that the first half of the projected numbers adds. None for single
+    validation rows, and where nothing was projected."""
 
 
 def stored_cosines(
@@ -59,21 +59,22 @@ def stored_cosines(
     bad = validation.bad if per_row else np.zeros(len(names), dtype=bool)
     if contrast:
         queries = queries - train.reference
-    shares = (~bad / max(1, (~bad).sum())).astype(np.float32)
     cosines = scratch_array((len(names), len(train)), np.float32, scratch)
-    halves = np.empty((2, len(train)), dtype=np.float32)
+    first_half = None
+    if train.manifest.is_projected and not per_row:
+        first_half = scratch_array(cosines.shape, np.float32, scratch)
     starts = range(0, len(train), STRIPE_ROWS)
     with progress.task("scoring", len(train), "rows") as task, _one_thread_a_worker() as pool:
-        stripes = pool.map(lambda start: _stripe(train, queries, shares, start), starts)
-        for start, (part, of_halves) in zip(starts, stripes, strict=True):
+        stripes = pool.map(lambda start: _stripe(train, queries, start), starts)
+        for start, (part, of_first_half) in zip(starts, stripes, strict=True):
             _require_finite(train, part)
             cosines[:, start : start + part.shape[1]] = part
-            halves[:, start : start + part.shape[1]] = of_halves
+            if first_half is not None:
+                first_half[:, start : start + part.shape[1]] = of_first_half
             task.advance(part.shape[1])
     cosines[:, train.bad] = np.nan
     cosines[bad] = np.nan
-    halves[:, train.bad] = np.nan
-    return StoredCosines(names, cosines, halves if train.manifest.is_projected else None)
+    return StoredCosines(names, cosines, first_half)
 
 
 def _rows_of(validation: GradientStore) -> tuple[list[str], np.ndarray]:
@@ -97,20 +98,20 @@ def _one_thread_a_worker() -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
 
 
-def _stripe(store: GradientStore, queries: np.ndarray, shares: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
-    """Products [Q, n] of `queries` [Q, k] with the unit vectors of the rows from `start` on; and [2, n] the sums, by
-    `shares` [Q], of the products of both halves of these vectors."""
+def _stripe(store: GradientStore, queries: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+    """Products [Q, n] of `queries` [Q, k] with the unit vectors of the rows from `start` on, and the part of them that
+    the first half of these vectors adds."""
     count, middle = min(STRIPE_ROWS, len(store) - start), store.dim // 2
-    found, halves = np.empty((len(queries), count), np.float32), np.empty((2, count), np.float32)
-    columns, weights = torch.from_numpy(queries.T), torch.from_numpy(shares)
+    found, first_half = (np.empty((len(queries), count), np.float32) for _ in range(2))
+    columns = torch.from_numpy(queries.T)
     for first, rows in store.tiles(start, start + count):
         lengths = np.sqrt(np.vecdot(rows, rows))
         lengths[lengths == 0] = 1  # a bad row that was skipped
         vectors, span = torch.from_numpy(rows), slice(first - start, first - start + len(rows))
-        parts = vectors[:, :middle] @ columns[:middle], vectors[:, middle:] @ columns[middle:]
-        found[:, span] = (parts[0] + parts[1]).numpy().T / lengths
-        halves[:, span] = torch.stack([part @ weights for part in parts]).numpy() / lengths
-    return found, halves
+        begun = vectors[:, :middle] @ columns[:middle]
+        first_half[:, span] = begun.numpy().T / lengths
+        found[:, span] = begun.addmm_(vectors[:, middle:], columns[middle:]).numpy().T / lengths
+    return found, first_half
 
 
 def _means_of(validation: GradientStore) -> tuple[list[str], np.ndarray]:

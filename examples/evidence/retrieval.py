@@ -35,7 +35,7 @@ from dataflex.gradients.capture import Capture
 from dataflex.gradients.collect import checkpoint_capture
 from dataflex.gradients.direction import make_direction, plain_direction
 from dataflex.gradients.passes import batches_of, project_rows
-from dataflex.influence.projection_error import exact_correlation
+from dataflex.influence.projection_error import projection_correlation
 from dataflex.influence.scores import length_correlation, round_robin, standardise
 from dataflex.model import load_tokenizer
 from dataflex.progress import SILENT
@@ -402,7 +402,7 @@ def show(setting: Setting, every: list[tuple[int, dict[str, np.ndarray]]]) -> No
                 found[name][:, target].mean(axis=1) for name in ("less", "less k=8192", "less k=8192, first half")
             )
             measured = np.corrcoef(exact, sketched)[0, 1]
-            estimated = exact_correlation(np.stack([first, sketched - first])) or 0.0
+            estimated = projection_correlation(np.stack([first, sketched - first])) or 0.0
             by_target.append([f"{exact.std():.4f}", f"{measured:.2f}", f"{estimated:.2f}"])
         cells = " | ".join(", ".join(values) for values in zip(*by_target, strict=True))
         print(f"| {seed} | {noise.std():.4f} | {of_score:.4f} | {cells} |")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -358,3 +359,13 @@ def test_the_planted_target_is_found(options, data_dir, tmp_path):
         shares.append(sum(20 <= line["row"] < 24 for line in selection))
     assert shares[0] >= 3
     assert shares[1] <= 1
+
+
+@pytest.mark.parametrize(("selector", "times"), [("less", 1), ("less+rds", 0)])
+def test_a_projection_that_blurs_the_scores_is_warned_of_once(options, selector, times):
+    """At the first of two selections, and where the projected scores are the scores."""
+    settings = {"max_samples": 20, "proj_dim": 4, "save_steps": 100, "component_name": selector}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        dynamic(load_config(options={**options, **settings}))
+    assert sum("the projection to 4 numbers blurs" in str(one.message) for one in said) == times

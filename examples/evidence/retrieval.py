@@ -61,6 +61,8 @@ FURTHER = {
     "chosen zh": "dpo_zh_demo",
     "good en": "kto_en_demo",
 }
+RELATIVES = (("en", "chosen en", "good en"), ("zh", "chosen zh"), ("tools", "tools zh"))
+"""Kinds that hold the same task or the same language."""
 TARGET = 10
 """Rows of a target."""
 UPPER = 15  # of 30 layers: where the upper half begins
@@ -352,6 +354,9 @@ def show(setting: Setting, every: list[tuple[int, dict[str, np.ndarray]]]) -> No
     results: dict[str, list[list[tuple[float, float]]]] = {}
     by_rows: dict[str, list[list[float]]] = {}
     by_kind: dict[str, list[np.ndarray]] = {}
+    by_family: dict[str, list[list[float]]] = {}
+    number_of = {kind: number for number, kind in enumerate(setting.kinds)}
+    families = [[number_of[kind] for kind in family] for family in RELATIVES if set(family) <= number_of.keys()]
     for seed, found in every:
         for name, ways in scorers(found, seed).items():
             of_kind = [
@@ -361,6 +366,13 @@ def show(setting: Setting, every: list[tuple[int, dict[str, np.ndarray]]]) -> No
             results.setdefault(name, []).append([of_kind[number][number] for number in range(kinds)])
             by_kind.setdefault(name, []).append(np.array(of_kind)[:, :, 0])
             if name in CLOSER:
+                wanted = [(number, np.isin(kind_of, family)) for family in families for number in family]
+                by_family.setdefault(name, []).append(
+                    [
+                        quality(ways, slice(starts[number], starts[number] + TARGET), rows, found["tokens"])[0]
+                        for number, rows in wanted
+                    ]
+                )
                 by_rows.setdefault(name, []).append(
                     [
                         float(
@@ -389,6 +401,11 @@ def show(setting: Setting, every: list[tuple[int, dict[str, np.ndarray]]]) -> No
         values = np.mean(by_kind[name], axis=0)  # [targets, kinds looked for]
         own = np.eye(kinds, dtype=bool)
         print(f"| {name} | {values[own].mean():.3f} | {values[~own].mean():.3f} | {chance:.3f} |")
+    if families:
+        names = [name for family in RELATIVES for name in family]
+        print(f"\n| score, for a kind or its relatives | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+        for name, of_seeds in by_family.items():
+            print(f"| {name} | {' | '.join(f'{value:.2f}' for value in np.mean(of_seeds, axis=0))} |")
     headings = ["seed", "error of k=8192: a cosine", "a score", "spread of the scores of less over the pool"]
     headings += ["correlation of both scores", "as estimated"]
     print(f"\n| {' | '.join(headings)} |\n|{'---|' * len(headings)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from dataflex.gradients.probe import TRYING, check_capture
 from dataflex.gradients.reference import reference_weights
 from dataflex.influence.exact import exact_cosines
 from dataflex.influence.pairs import open_weighted
-from dataflex.influence.projection_error import halves_of_scores, projection_correlation, projection_warning
+from dataflex.influence.projection_error import halves_of_scores, projection_correlation, warn_of_projection
 from dataflex.influence.score_file import write_scores
 from dataflex.influence.scores import (
     Scores,
@@ -29,7 +28,6 @@ from dataflex.influence.scores import (
     parse_weights,
     scores_of,
     settle,
-    weighted_sum,
 )
 from dataflex.influence.sidecar import write_with_manifest
 from dataflex.influence.stored import stored_cosines
@@ -168,18 +166,17 @@ def _stored_scores(config: RunConfig, ready: StoredScoring, progress: Progress) 
     train = pairs[0][0]
     halves: list[np.ndarray | None] = []
     for ours, theirs in pairs:
-        labels, values, first = stored_cosines(
+        found = stored_cosines(
             ours, theirs, progress, per_row=config.per_row, contrast=config.contrast != 0, scratch=scratch
         )
-        halves.append(None if first is None else halves_of_scores(values, first, config.reduce))
+        halves.append(halves_of_scores(found, config.reduce))
+        labels, values = found.labels, found.values
         if config.per_row:
             labels, values = settle(labels, values, config.normalise, config.reduce)
         cosines.append(values)
     total, by_subtask = influence(cosines, weights, config.reduce, labels, scratch)
-    known = [held for held in halves if held is not None]
-    correlation = projection_correlation(weighted_sum(weights, known)) if len(known) == len(halves) else None
-    if warning := projection_warning(correlation, train.dim, train.manifest.store_dtype):
-        warnings.warn(warning, stacklevel=2)
+    correlation = projection_correlation(halves, weights)
+    warn_of_projection(correlation, train.manifest)
     came_from = {
         **({} if correlation is None else {"projection_correlation": correlation}),
         "files": train.manifest.files,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from dataflex.gradients.direction import make_direction
 from dataflex.gradients.reference import reference_weights
 from dataflex.influence.exact import exact_cosines
 from dataflex.influence.pairs import open_pairs
-from dataflex.influence.projection_error import halves_of_scores, projection_correlation, projection_warning
+from dataflex.influence.projection_error import halves_of_scores, projection_correlation, warn_of_projection
 from dataflex.influence.scores import Scores, influence, normalise_weights, settle
 from dataflex.influence.stored import stored_cosines
 from dataflex.selectors.candidates import Candidates, carry_back, choose_candidates
@@ -170,7 +169,7 @@ def _stored(situation: Situation, chosen: Candidates | None) -> tuple[list[str],
     if processes.rank() == 0:
         [(train, validation)] = open_pairs([paths[1]], [paths[0]])
         with train, validation:
-            labels, cosines, first = stored_cosines(
+            stored = stored_cosines(
                 train,
                 validation,
                 situation.progress,
@@ -178,11 +177,9 @@ def _stored(situation: Situation, chosen: Candidates | None) -> tuple[list[str],
                 contrast=config.contrast != 0,
                 scratch=situation.cache,
             )
-        found = labels, cosines
+        found = stored.labels, stored.values
         # the first selection, of all rows, speaks for the run; other selectors' parts of a score are not projected
-        if first is not None and not situation.past_steps and chosen is None and parts_of(config.selector) == ["less"]:
-            halves = halves_of_scores(cosines, first, config.reduce)
-            correlation = None if halves is None else projection_correlation(halves)
-            if warning := projection_warning(correlation, train.dim, config.store_dtype):
-                warnings.warn(warning, stacklevel=2)
+        if not situation.past_steps and chosen is None and parts_of(config.selector) == ["less"]:
+            halves = halves_of_scores(stored, config.reduce)
+            warn_of_projection(projection_correlation([halves], [1.0]), train.manifest)
     return needed(processes.broadcast(found))

@@ -419,7 +419,7 @@ def show(setting: Setting, every: list[tuple[int, dict[str, np.ndarray]]]) -> No
                 found[name][:, target].mean(axis=1) for name in ("less", "less k=8192", "less k=8192, first half")
             )
             measured = np.corrcoef(exact, sketched)[0, 1]
-            estimated = projection_correlation(np.stack([first, sketched - first])) or 0.0
+            estimated = projection_correlation([np.stack([first, sketched - first])], [1.0]) or 0.0
             by_target.append([f"{exact.std():.4f}", f"{measured:.2f}", f"{estimated:.2f}"])
         cells = " | ".join(", ".join(values) for values in zip(*by_target, strict=True))
         print(f"| {seed} | {noise.std():.4f} | {of_score:.4f} | {cells} |")

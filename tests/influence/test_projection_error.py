@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from made_stores import make_store, unit
 
 from dataflex import load_config
-from dataflex.influence.projection_error import ENOUGH_ROWS, FAITHFUL, projection_correlation, projection_warning
+from dataflex.influence.projection_error import ENOUGH_ROWS, FAITHFUL, projection_correlation, warn_of_projection
 from dataflex.influence.score_file import read_scores
 from dataflex.influence.scoring import score
 from dataflex.influence.sidecar import facts_of
 from dataflex.influence.stored import stored_cosines
 from dataflex.projection.table import make_projector
+from dataflex.store.manifest import Manifest
 from dataflex.store.reader import open_store
 
 PARAMETERS, DIM, ROWS, TARGETS = 20_000, 512, 300, 10
@@ -84,20 +86,28 @@ def test_with_whole_gradients_nothing_is_estimated(tmp_path):
 
 def test_halves_that_contradict_each_other_say_nothing_and_equal_halves_all():
     half = np.random.default_rng(0).normal(size=ROWS)
-    assert projection_correlation(np.stack([half, half])) == pytest.approx(1)
-    assert projection_correlation(np.stack([half, np.roll(half, 1) * 1e-9 - half])) == 0
-    assert projection_correlation(np.zeros((2, ROWS))) is None
-    assert projection_correlation(np.stack([half, half])[:, : ENOUGH_ROWS - 1]) is None
-    with_bad = np.stack([np.append(half, np.nan)] * 2)
-    assert projection_correlation(with_bad) == pytest.approx(1)
+    assert correlation_of(half, half) == pytest.approx(1)
+    assert correlation_of(half, np.roll(half, 1) * 1e-9 - half) == 0
+    assert correlation_of(np.zeros(ROWS), np.zeros(ROWS)) is None
+    assert correlation_of(half[: ENOUGH_ROWS - 1], half[: ENOUGH_ROWS - 1]) is None
+    with_bad = np.append(half, np.nan)
+    assert correlation_of(with_bad, with_bad) == pytest.approx(1)
+    assert projection_correlation([np.stack([half, half]), None], [0.5, 0.5]) is None
+
+
+def correlation_of(first: np.ndarray, second: np.ndarray) -> float | None:
+    return projection_correlation([np.stack([first, second])], [1.0])
 
 
 def test_the_warning_names_the_width_and_the_way_out():
-    assert projection_warning(0.95, 8192, "float16") is None
-    assert projection_warning(None, 8192, "float16") is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for faithful in (None, FAITHFUL, 0.95):
+            warn_of_projection(faithful, Manifest("float16", 8192))
     said = (
         "the projection to 8192 numbers blurs the gradients' scores: their correlation with those of whole gradients "
         "is about 0.50; a larger proj_dim blurs less, proj_dim: null not at all"
     )
-    assert projection_warning(0.5, 8192, "float16") == said
-    assert projection_warning(0.5, 8192, "int1") == said.replace("numbers", "numbers, kept as int1,")
+    for dtype, words in (("float16", said), ("int1", said.replace("numbers", "numbers, kept as int1,"))):
+        with pytest.warns(UserWarning, match=f"^{re.escape(words)}$"):
+            warn_of_projection(0.5, Manifest(dtype, 8192))

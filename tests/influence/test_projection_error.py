@@ -11,7 +11,13 @@ import torch
 from made_stores import make_store, unit
 
 from dataflex import load_config
-from dataflex.influence.projection_error import ENOUGH_ROWS, FAITHFUL, projection_correlation, warn_of_projection
+from dataflex.influence.projection_error import (
+    ENOUGH_ROWS,
+    FAITHFUL,
+    halves_of_scores,
+    projection_correlation,
+    warn_of_projection,
+)
 from dataflex.influence.score_file import read_scores
 from dataflex.influence.scoring import score
 from dataflex.influence.sidecar import facts_of
@@ -64,6 +70,22 @@ def test_the_correlation_with_exact_scores_is_estimated_from_projected_rows(tmp_
         measured.append(np.corrcoef(read_scores(path).score, np.delete(exact, 7))[0, 1] ** 2)
     low = 0.05 if reduce == "mean" else 0.2
     assert -low <= np.mean(estimates) - np.mean(measured) <= 0.05
+
+
+@pytest.mark.parametrize(("reduce", "chosen"), [("mean", np.mean), ("max", np.max)])
+def test_halves_are_the_products_of_either_half_and_add_up_to_the_score(tmp_path, reduce, chosen):
+    generator = np.random.default_rng(1)
+    rows, targets = generator.normal(size=(ROWS, 65)), generator.normal(size=(2, 65))
+    made = [make_store(tmp_path / "t.h5", rows), make_store(tmp_path / "v.h5", targets, subtask=["a", "b"])]
+    with open_store(made[0]) as train, open_store(made[1]) as validation:
+        halves = halves_of_scores(stored_cosines(train, validation), reduce)
+    products = unit(rows)[:, None] * unit(targets)[None]  # [N, S, k]
+    scores = chosen(products.sum(axis=2), axis=1)
+    np.testing.assert_allclose(halves.sum(axis=0), scores, atol=1e-6)
+    first = products[:, :, :32].sum(axis=2)
+    highest = products.sum(axis=2).argmax(axis=1)
+    wanted = first.mean(axis=1) if reduce == "mean" else first[np.arange(ROWS), highest]
+    np.testing.assert_allclose(halves[0], wanted, atol=1e-6)
 
 
 def test_turns_and_single_validation_rows_are_not_estimated(tmp_path):

@@ -3,7 +3,7 @@
     .venv/bin/python examples/evidence/training.py --tune                 # the learning rate, on the random arm alone
     .venv/bin/python examples/evidence/training.py --seeds 1 2 3 4 5      # the arms, by rows
     .venv/bin/python examples/evidence/training.py --seeds 1 2 3 4 5 --by tokens
-    .venv/bin/python examples/evidence/training.py --seeds 1 2 3 --targets bbh   # no kind of the pool
+    .venv/bin/python examples/evidence/training.py --seeds 1 2 3 --targets mmlu bbh gsm8k    # no kinds of the pool
     .venv/bin/python examples/evidence/training.py --seeds 1 2 3 --targets tools --deciles
     .venv/bin/python examples/evidence/training.py --seeds 2 --targets tools --again 3    # the noise of training itself
 
@@ -11,9 +11,10 @@ A pool of 24 rows each of general instructions in English and in Chinese, of que
 tool calls; three of these kinds are the target in turn, with 8 other rows. Each arm trains on a fifth of the pool, one
 pass, two rows a step, and is measured on 24 further rows of the target's kind, which are the same for all seeds. A seed
 draws another pool and another target, trains another warm-up and begins from other LoRA weights. SmolLM2-135M-Instruct,
-LoRA rank 16, 96 tokens. The arm oracle takes rows of the target's own kind. The target bbh is the examples with chains
-of thought that the package lm-eval has for its tasks BIG-bench Hard, and 256 tokens. Prints the loss against random
-rows with 95% intervals over seeds and held-out rows, and the share of the gap between random and oracle that is closed.
+LoRA rank 16, 96 tokens. The arm oracle takes rows of the target's own kind. The targets mmlu, bbh and gsm8k are the
+examples with chains of thought that the package lm-eval has for MMLU, BIG-bench Hard and GSM8K, at 256 tokens;
+of GSM8K it has eight, four of which are held out. Prints the loss against random rows with 95% intervals over seeds and
+held-out rows, and the share of the gap between random and oracle that is closed.
 With --deciles it trains on each tenth of each ranking instead, and prints Spearman's correlation of a tenth's place
 with the loss. With --again N it trains on the rows of some arms N times more, from other LoRA weights and in another
 order, and prints the held-out losses. A comparison under way goes on in --folder. Each held-out row's loss is kept in
@@ -50,7 +51,12 @@ KINDS = {
     "tools": "glaive_toolcall_en_demo",
 }
 TARGETS = ("en", "zh", "tools")
-OUTSIDE = "bbh"
+OUTSIDE = {
+    "mmlu": "mmlu/flan_cot_fewshot/mmlu_*.yaml",
+    "bbh": "bbh/cot_fewshot/[a-z]*.yaml",
+    "gsm8k": "gsm8k/gsm8k-cot.yaml",
+}
+"""Targets that are no kind of the pool: where lm-eval's tasks have their examples."""
 POOL, TARGET, HELD_OUT = 24, 8, 24
 ORACLE = "oracle:Oracle"
 SELECTORS = ["less", "less-contrast-rds", "rds", "bm25", ORACLE]
@@ -60,7 +66,14 @@ RANKED = ["less", "less-contrast-rds", "rds"]
 KEPT = Path(__file__).with_name("training_losses.json")
 """Losses of held-out rows by kind of budget, target, seed and arm; under `deciles` mean losses after each tenth."""
 RATES = [5e-4, 2e-3]
-TUNED = {"en": 5e-4, "zh": 5e-4, "tools": 2e-3, OUTSIDE: 5e-4}  # by --tune: the rate at which random rows help most
+TUNED = {
+    "en": 5e-4,
+    "zh": 5e-4,
+    "tools": 2e-3,
+    "mmlu": 5e-4,
+    "bbh": 5e-4,
+    "gsm8k": 5e-4,
+}  # by --tune: the rate at which random rows help most
 
 
 def write_data(folder: Path, seed: int) -> None:
@@ -82,28 +95,29 @@ def write_data(folder: Path, seed: int) -> None:
         for part, rows in parts.items():
             info[f"{part}_{kind}"] = {**source[name], "file_name": f"{part}_{kind}.json"}
             (folder / f"{part}_{kind}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
-    records = outside_records()
-    random.Random(0).shuffle(records)
-    others = records[HELD_OUT:]
-    random.Random(f"{seed} {OUTSIDE}").shuffle(others)
-    for part, rows in (("held", records[:HELD_OUT]), ("target", others[:TARGET])):
-        info[f"{part}_{OUTSIDE}"] = {"file_name": f"{part}_{OUTSIDE}.json"}
-        (folder / f"{part}_{OUTSIDE}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    for name, pattern in OUTSIDE.items():
+        records = outside_records(pattern)
+        random.Random(0).shuffle(records)
+        held = min(HELD_OUT, len(records) // 2)
+        others = records[held:]
+        random.Random(f"{seed} {name}").shuffle(others)
+        for part, rows in (("held", records[:held]), ("target", others[:TARGET])):
+            info[f"{part}_{name}"] = {"file_name": f"{part}_{name}.json"}
+            (folder / f"{part}_{name}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
 
 
-def outside_records() -> list[dict[str, str]]:
-    """lm-eval's examples for BIG-bench Hard, a question and a chain of thought each."""
+def outside_records(pattern: str) -> list[dict[str, str]]:
+    """lm-eval's examples in the tasks that match `pattern`, a question and a chain of thought each."""
     package = importlib.util.find_spec("lm_eval")
     if package is None or package.submodule_search_locations is None:
         return []
-    tasks = Path(package.submodule_search_locations[0]) / "tasks/bbh/cot_fewshot"
     samples = [
         sample
-        for path in sorted(tasks.glob("[a-z]*.yaml"))
-        for sample in yaml.safe_load(path.read_text(encoding="utf-8"))["fewshot_config"]["samples"]
+        for path in sorted((Path(package.submodule_search_locations[0]) / "tasks").glob(pattern))
+        for sample in yaml.safe_load(path.read_text(encoding="utf-8")).get("fewshot_config", {}).get("samples", [])
     ]
-    answers = {sample["input"]: sample["target"] for sample in samples}  # some tasks have the same examples
+    answers = {sample.get("input") or sample["question"]: sample["target"] for sample in samples}  # some stand twice
     return [{"instruction": question, "input": "", "output": answer} for question, answer in answers.items()]
 
 
@@ -119,7 +133,7 @@ def configure(folder: Path, target: str, seed: int, rate: float, **changes: obje
         options={
             "model_name_or_path": str(LIBRARY / "models/SmolLM2-135M-Instruct"),
             "template": "smollm2",
-            "cutoff_len": 256 if target == OUTSIDE else 96,  # a question there is longer than 96 tokens
+            "cutoff_len": 256 if target in OUTSIDE else 96,  # a question there is longer than 96 tokens
             "lora_rank": 16,
             "dataset_dir": str(folder),
             "dataset": [f"pool_{kind}" for kind in KINDS],
@@ -153,12 +167,12 @@ def measured(config: RunConfig) -> dict[str, np.ndarray]:
     }
 
 
-def tune(root: Path, seeds: list[int]) -> None:
+def tune(root: Path, targets: list[str], seeds: list[int]) -> None:
     """Print the random arm's loss on held-out rows by target and learning rate."""
-    print(f"| learning rate | {' | '.join(TARGETS)} | mean |\n|---|{'---|' * (len(TARGETS) + 1)}")
+    print(f"| learning rate | {' | '.join(targets)} | mean |\n|---|{'---|' * (len(targets) + 1)}")
     for rate in RATES:
         row = []
-        for target in TARGETS:
+        for target in targets:
             found = []
             for seed in seeds:
                 folder = root / f"data-{seed}"
@@ -201,7 +215,7 @@ def compare(root: Path, targets: list[str], seeds: list[int], by: str, anew: boo
             write_data(folder, seed)
             rate = TUNED[target]
             output = str(root / f"{target}-{seed}-{rate:g}")
-            arms = [name for name in SELECTORS if target != OUTSIDE or name != ORACLE]
+            arms = [name for name in SELECTORS if target not in OUTSIDE or name != ORACLE]
             losses = measured(configure(folder, target, seed, rate, selectors=arms, by=by, output=output))
             keep_losses(root, by, target, seed, losses)
             by_seed.append(losses)
@@ -298,7 +312,7 @@ def calls(records: list[dict[str, Any]]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--targets", nargs="+", choices=[*TARGETS, OUTSIDE], default=[*TARGETS])
+    parser.add_argument("--targets", nargs="+", choices=[*TARGETS, *OUTSIDE], default=[*TARGETS])
     parser.add_argument("--tune", action="store_true")
     parser.add_argument("--by", choices=["rows", "tokens"], default="rows")
     parser.add_argument("--deciles", action="store_true")
@@ -307,7 +321,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("saves/evidence/training"))
     arguments = parser.parse_args()
     if arguments.tune:
-        tune(arguments.folder, arguments.seeds)
+        tune(arguments.folder, arguments.targets, arguments.seeds)
     elif arguments.again:
         again(arguments.folder, arguments.targets, arguments.seeds, arguments.again)
     elif arguments.deciles:

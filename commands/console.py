@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,38 +16,25 @@ from rich.progress import Task as RichTask
 from rich.table import Column, Table
 from rich.text import Text
 
+from dataflex.commands.pace import Pace
 from dataflex.json_text import json_of_figures
 from dataflex.progress import Interrupted
 
+MANY = 8  # columns of a table that stand closer, so that numbers fit 80 characters
 SHORT = 20  # characters of a cell that is never broken
 BRIEF = 1.0  # seconds: a task that takes less is not told where there is no terminal
 EVERY = 30.0
 """Seconds between two lines about a task where there is no terminal."""
 
 
-def rate_of(done: float, seconds: float, unit: str) -> str:
-    """Units a second, or below one a second the seconds of one; nothing before the first."""
-    if not done or not seconds:
-        return ""
-    one = unit.removesuffix("s")
-    return f"{done / seconds:.1f} {unit}/s" if done >= seconds else f"{seconds / done:.1f} s/{one}"
-
-
-def left_of(done: float, total: float, seconds: float) -> str:
-    """The time left at the mean pace of the whole task, so that it lasts through steps of a minute."""
-    if not done:
-        return "-:--:--"
-    return str(datetime.timedelta(seconds=round(seconds / done * max(0.0, total - done))))
-
-
 class _Rate(ProgressColumn):
     def render(self, task: RichTask) -> Text:
-        return Text(rate_of(task.completed, task.elapsed or 0, task.fields["unit"]), style="cyan", no_wrap=True)
+        return Text(task.fields["pace"].rate(), style="cyan", no_wrap=True)
 
 
 class _Left(ProgressColumn):
     def render(self, task: RichTask) -> Text:
-        return Text(f"left {left_of(task.completed, task.total or 0, task.elapsed or 0)}", style="cyan", no_wrap=True)
+        return Text(f"left {task.fields['pace'].left()}", style="cyan", no_wrap=True)
 
 
 class _Shown(ProgressColumn):
@@ -61,15 +47,18 @@ class _Shown(ProgressColumn):
 class _Bar:
     """One running task on a terminal."""
 
-    def __init__(self, console: Console, progress: Progress, description: str, total: int, unit: str) -> None:
-        self.console = console
-        self.progress = progress
+    def __init__(self, console: Console, progress: Progress, description: str, pace: Pace) -> None:
+        self.console, self.progress, self.pace = console, progress, pace
+        self.pause = pace.pause
         self.shown: dict[str, float] = {}
-        self.id = progress.add_task(description, total=total, unit=unit, shown=self.shown)
+        self.id = progress.add_task(
+            description, total=pace.total, completed=pace.done, unit=pace.unit, pace=pace, shown=self.shown
+        )
 
     def advance(self, amount: int = 1, **shown: float) -> None:
+        self.pace.done += amount
         self.shown.update(shown)
-        self.progress.update(self.id, advance=amount, shown=self.shown)
+        self.progress.update(self.id, completed=self.pace.done, shown=self.shown)
         if amount:
             self.console.end_if_asked()
 
@@ -77,22 +66,21 @@ class _Bar:
 class _Count:
     """One running task where there is no terminal: a line every half a minute, and its end."""
 
-    def __init__(self, console: Console, description: str, total: int, unit: str) -> None:
-        self.console = console
-        self.description, self.total, self.unit = description, total, unit
-        self.done = 0
-        self.started = self.told = time.monotonic()
+    def __init__(self, console: Console, description: str, pace: Pace) -> None:
+        self.console, self.description, self.pace = console, description, pace
+        self.pause = pace.pause
+        self.told = time.monotonic()
         self.shown: dict[str, float] = {}
 
     def advance(self, amount: int = 1, **shown: float) -> None:
-        self.done += amount
+        pace = self.pace
+        pace.done += amount
         self.shown.update(shown)
         now = time.monotonic()
         if now - self.told >= EVERY:
-            self.told, seconds = now, now - self.started
-            parts = [f"{self.done}/{self.total} {self.unit}", rate_of(self.done, seconds, self.unit)]
-            left = left_of(self.done, self.total, seconds)
-            self.console.say(f"{self.description}: {', '.join(filter(None, parts))}, {left} left")
+            self.told = now
+            parts = [f"{pace.done}/{pace.total} {pace.unit}", pace.rate(), f"{pace.left()} left"]
+            self.console.say(f"{self.description}: {', '.join(filter(None, parts))}")
         if amount:
             self.console.end_if_asked()
 
@@ -109,6 +97,7 @@ class Console:
         self.stop_code = 0  # the exit code with which the work is to end at its next commit; 0: it is to go on
         self.tasks_open = 0
         self._progress: Progress | None = None
+        self._next: str | None = None
 
     def end_if_asked(self) -> None:
         """Raise Interrupted if the work is to end."""
@@ -116,23 +105,24 @@ class Console:
             raise Interrupted(self.stop_code)
 
     @contextlib.contextmanager
-    def task(self, description: str, total: int, unit: str) -> Iterator[_Bar | _Count]:
+    def task(
+        self, description: str, total: int, unit: str, done: int = 0, pauses: Mapping[str, int] | None = None
+    ) -> Iterator[_Bar | _Count]:
         self.tasks_open += 1
         try:
-            with self._shown_task(description, total, unit) as task:
+            with self._shown_task(description, Pace(total, unit, done, pauses or {})) as task:
                 yield task
         finally:
             self.tasks_open -= 1
 
     @contextlib.contextmanager
-    def _shown_task(self, description: str, total: int, unit: str) -> Iterator[_Bar | _Count]:
+    def _shown_task(self, description: str, pace: Pace) -> Iterator[_Bar | _Count]:
         if not self.err.is_terminal or self.err.is_dumb_terminal or self.quiet:
-            count = _Count(self, description, total, unit)
+            count = _Count(self, description, pace)
             yield count
-            seconds = time.monotonic() - count.started
-            if seconds >= BRIEF:
+            if pace.seconds >= BRIEF:
                 shown = "".join(f", {name} {value:.4g}" for name, value in count.shown.items())
-                self.say(f"{description}: {count.done} {unit} in {seconds:.0f} s{shown}")
+                self.say(f"{description}: {pace.done} {pace.unit} in {pace.seconds:.0f} s{shown}")
             return
         progress, outermost = self._progress, self._progress is None
         if progress is None:
@@ -152,7 +142,7 @@ class Console:
                 expand=True,
             )
             progress.start()
-        bar = _Bar(self, progress, description, total, unit)
+        bar = _Bar(self, progress, description, pace)
         try:
             yield bar
         finally:
@@ -166,8 +156,8 @@ class Console:
         self.err.print(message, style="dim", markup=False, soft_wrap=True)
 
     def next(self, command: str) -> None:
-        """The command that comes next, ready to be pasted."""
-        self.err.print(f"next: {command}", style="dim", markup=False, soft_wrap=True)
+        """The command that comes next, ready to be pasted; it is shown below the result."""
+        self._next = command
 
     def warning(self, message: str) -> None:
         self.err.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
@@ -185,6 +175,7 @@ class Console:
             header_style="dim",
             box=box.SIMPLE_HEAD,
             show_header=bool(columns),
+            padding=(0, 1) if len(columns) < MANY else (0, 1, 0, 0),
             pad_edge=False,
         )
         for index in range(len(rows[0]) if rows else len(columns)):
@@ -219,9 +210,13 @@ class Console:
         lines = [json_of_figures({**facts, "written": written} if written else facts)] if self.as_json else paths
         for line in lines:
             print(line, file=self.out, flush=True)
+        if self._next:
+            self.say(f"next: {self._next}")
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):

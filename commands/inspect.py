@@ -10,13 +10,18 @@ import typer
 
 from dataflex.commands import session as s
 from dataflex.commands.planned import show_data
-from dataflex.commands.summaries import show_scores
+from dataflex.commands.summaries import show_best_and_worst, show_run, show_scores, show_subset
 
 if TYPE_CHECKING:
     from dataflex.inspection import Inspection
 
 TABLED = ("score_max", "score_mean", "score_min", "datasets", "winners")
 """Facts of scores that their table shows."""
+TABLED_OF_RUN = (
+    *("rows", "pool", "selections", "selections_at", "steps", "rows_per_step", "current_steps", "total_steps"),
+    *("eval_rows", "eval_loss", "seconds"),
+)
+"""Facts of a finished run that its tables show."""
 FINGERPRINT = re.compile("[0-9a-f]{64}")
 EXAMPLE = "Example: dataflex inspect alpaca_en_demo examples/demo.yaml"
 
@@ -77,7 +82,8 @@ def inspect(
             names = session.config.data or session.config.dataset
             sources = find_sources(names, session.config.dataset_dir) if names else []
             manifest = read_manifest(Path(target), len(scores.row), console) or {}
-            show_scores(console, "scores", scores, sources=sources, files=manifest.get("files"))
+            show_scores(console, "scores", scores)
+            show_best_and_worst(console, scores, sources, manifest.get("files"))
             if plot is not None and not dry_run:
                 from dataflex.reporting.plots import save_score_histogram
                 from dataflex.reporting.scores import figures_of_scores
@@ -86,6 +92,10 @@ def inspect(
                 save_score_histogram(figures_of_scores(scores, None), plot)
         elif plot is not None:
             raise UsageError(f"--plot draws scores, and {target} is a {found.kind}; name a score file or a selection")
+        if found.kind == "subset":
+            show_subset(console, Path(found.name), found.facts["selected"])
+        if _is_finished_run(found):
+            show_run(console, Path(found.name), found.facts)
         if found.data is not None and found.example is not None:
             show_data(console, {found.kind: {**found.data, "example": found.example}})
         for problem in found.problems:
@@ -97,6 +107,10 @@ def inspect(
         console.result(said, {"command": "inspect", **found.as_dict()})
 
 
+def _is_finished_run(found: Inspection) -> bool:
+    return found.facts.get("command") == "dynamic" and found.facts.get("finished") is True
+
+
 def _told(found: Inspection) -> dict[str, Any]:
     """The facts that the terminal shows: without those that a table of scores has, and of a store without the keys at
     their defaults, unless they name its direction or projection. Fingerprints are cut to what a glance compares."""
@@ -105,7 +119,7 @@ def _told(found: Inspection) -> dict[str, Any]:
 
     told = {}
     for key, value in found.facts.items():
-        if found.kind == "scores" and key in TABLED:
+        if (found.kind == "scores" and key in TABLED) or (_is_finished_run(found) and key in TABLED_OF_RUN):
             continue
         is_default = key in RunConfig.model_fields and value == default_of(key)
         if found.kind == "store" and is_default and key not in SHOWN:

@@ -99,7 +99,7 @@ def _text(value: object) -> str:
         return f"{shown}, … ({len(value)} in all)" if len(value) > 12 else shown or "none"
     if isinstance(value, dict):
         return "; ".join(f"{count} {reason}" for reason, count in value.items()) or "0"
-    return str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _named(key: str) -> str:

@@ -8,7 +8,7 @@ import typer
 
 from dataflex.commands import session as s
 from dataflex.commands.planned import show_plan
-from dataflex.commands.summaries import show_scores
+from dataflex.commands.summaries import show_best_and_worst, show_scores
 from dataflex.config import help_of
 
 WORDS = {
@@ -48,17 +48,21 @@ def score(
         if dry_run:
             return show_plan(session, "score", launches=True, nproc=nproc)
         import dataflex
+        from dataflex.data.catalog import find_sources
         from dataflex.influence.score_file import read_scores
         from dataflex.influence.sidecar import facts_of
 
         path = dataflex.score(session.config, session.console)
         scores = read_scores(path)
-        show_scores(session.console, f"scores of {len(scores.row)} rows", scores)
         made = facts_of(path)
+        show_scores(session.console, f"scores of {len(scores.row)} rows", scores)
+        names = session.config.dataset
+        sources = find_sources(names, session.config.dataset_dir) if names and session.console.first else []
+        show_best_and_worst(session.console, scores, sources, made.get("files"))
         correlations = {key: made[key] for key in WORDS if key in made}
         session.console.facts("scores", {WORDS[key]: value for key, value in correlations.items()})
-        if session.config.dataset:
-            names, subset = ",".join(session.config.dataset), path.with_name("subset.jsonl")
-            session.next("select", "--scores", path, "--data", names, "--top", "5%", "-o", subset)
+        if names:
+            subset = path.with_name("subset.jsonl")
+            session.next("select", "--scores", path, "--data", ",".join(names), "--top", "5%", "-o", subset)
         facts = {"command": "score", "output": str(path), "rows": len(scores.row)} | correlations
         session.console.result([path], facts)

@@ -9,7 +9,7 @@ import typer
 
 from dataflex.commands import session as s
 from dataflex.commands.planned import show_plan
-from dataflex.commands.summaries import show_scores
+from dataflex.commands.summaries import show_best, show_scores, show_subset
 from dataflex.config import help_of, needed
 
 EXAMPLE = "Example: dataflex select --scores saves/scores.jsonl --data alpaca_en_demo --top 0.05 -o saves/subset.jsonl"
@@ -43,5 +43,9 @@ def select(
         subset, path = write_subset(session.config, session.console), Path(needed(session.config.output))
         chosen, scored = subset.chosen.tolist(), subset.scores
         show_scores(session.console, f"selected {len(chosen)} of {len(scored.row)} rows", scored, chosen)
-        session.next("train", s.CONFIG, "--dataset", path, "output_dir=saves/selected")
+        if session.config.plain:
+            show_best(session.console, scored, chosen)
+        else:
+            show_subset(session.console, path, len(chosen))
+        session.next("train", s.CONFIG, "--dataset", path, "-o", "saves/selected")
         session.console.result([path], {"command": "select", "output": str(path), "rows": len(chosen)})

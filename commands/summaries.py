@@ -1,9 +1,10 @@
-"""What `score`, `select` and `inspect` print of scores: their spread by dataset, and the best rows."""
+"""What several commands print: of scores their spread by dataset and the best rows, of a run what it picked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,59 +16,109 @@ if TYPE_CHECKING:
     from dataflex.influence.scores import Scores
 
 BARS = " ▁▂▃▄▅▆▇█"
-MOST_SHOWN = 5
+MOST_SHOWN = 5  # best rows
+MOST_SELECTIONS = 12  # in the closing table; all of them are in run.json
 WIDE = 100  # columns of a terminal that has room for longer histograms
 
 
-def show_scores(
-    console: Console,
-    title: str,
-    scores: Scores,
-    chosen: Sequence[int] | None = None,
-    sources: Sequence[Source] = (),
-    files: str | None = None,
-) -> None:
+def show_scores(console: Console, title: str, scores: Scores, chosen: Sequence[int] | None = None) -> None:
     """A line a dataset: rows, how many are `chosen`, lowest, median and best score, and a histogram from the lowest to
-    the best score of all rows. A line a subtask where there are several. Then the best rows, or the best and the worst
-    as text where their `sources` are given; `files` is the hash of these when they were scored."""
-    from dataflex.influence.scores import ranking, winners
+    the best score of all rows. A line a subtask where there are several."""
+    from dataflex.influence.scores import winners
 
-    names = np.array(scores.dataset or ["rows"] * len(scores.row), dtype=object)
+    names = np.array(scores.dataset or [""] * len(scores.row), dtype=object)
     edges = np.histogram_bin_edges(scores.score, 16 if console.err.width >= WIDE else 8)
     table = []
     for name in dict.fromkeys(names.tolist()):
         own = scores.score[names == name]
         picked = [int((names[list(chosen)] == name).sum())] if chosen is not None else []
         low, middle, high = np.quantile(own, (0, 0.5, 1)).tolist()
-        table.append([name, len(own), *picked, low, middle, high, histogram(own, edges)])
+        table.append([*_named(scores, name), len(own), *picked, low, middle, high, histogram(own, edges)])
     counts = ["rows", "selected"] if chosen is not None else ["rows"]
-    console.table(title, ["dataset", *counts, "lowest", "median", "best", "low to high"], table)
+    console.table(title, [*_named(scores, "dataset"), *counts, "lowest", "median", "best", "low to high"], table)
     if len(scores.subtasks) > 1:
         rows = [
             [name, count, int(scores.row[best]), float(scores.subtasks[name][best])]
             for name, (count, best) in winners(scores).items()
         ]
         console.table("rows by best subtask", ["subtask", "rows", "best row", "its score"], rows)
-    if sources:
-        try:
-            return _show_text(console, scores, sources, files)
-        except UsageError as reason:
-            console.warning(f"no row is shown as text: {reason}")
-    best = ranking(scores.row, scores.score)[:MOST_SHOWN] if chosen is None else list(chosen)[:MOST_SHOWN]
-    rows = [[int(scores.row[i]), names[i], float(scores.score[i])] for i in best]
-    console.table("the best rows", ["row", "dataset", "score"], rows)
 
 
-def _show_text(console: Console, scores: Scores, sources: Sequence[Source], files: str | None) -> None:
-    """The best and the worst rows as text, a line each that is cut at the width of the terminal."""
+def show_best_and_worst(console: Console, scores: Scores, sources: Sequence[Source], files: str | None) -> None:
+    """The best and the worst rows as text; the best ones by number where their `sources` are not given or are others
+    than those that were scored. `files` is the hash of these, where it is known."""
+    from dataflex.influence.scores import ranking
     from dataflex.reporting.scores import best_and_worst_as_text
 
-    for kind, entries in best_and_worst_as_text(scores, None, sources, console, MOST_SHOWN, files).items():
-        lines = []
-        for entry in entries:
-            text = " → ".join(" ".join(turn["text"].split()) for turn in entry.get("turns", []))
-            lines.append(f"{entry['row']:>7}  {entry['score']:7.4f}  {text}")
-        console.lines(f"the {kind} rows", lines)
+    try:
+        if sources:
+            for kind, entries in best_and_worst_as_text(scores, None, sources, console, MOST_SHOWN, files).items():
+                _show_rows(console, f"the {kind} rows", entries)
+            return
+    except UsageError as reason:
+        console.warning(f"no row is shown as text: {reason}")
+    show_best(console, scores, ranking(scores.row, scores.score))
+
+
+def show_best(console: Console, scores: Scores, order: Sequence[int] | np.ndarray) -> None:
+    """The first rows of an `order` by number."""
+    names = scores.dataset or [""] * len(scores.row)
+    rows = [[int(scores.row[i]), *_named(scores, names[i]), float(scores.score[i])] for i in order[:MOST_SHOWN]]
+    console.table("the best rows", ["row", *_named(scores, "dataset"), "score"], rows)
+
+
+def show_subset(console: Console, path: Path, size: int) -> None:
+    """The best and the last of the `size` rows that `select` wrote to `path`, as text."""
+    from dataflex.reporting.scores import ends_of_subset
+
+    ends = ends_of_subset(path, size, MOST_SHOWN)
+    _show_rows(console, "the best rows", ends["first"])
+    if ends["last"]:
+        _show_rows(console, "the last rows that were selected", ends["last"])
+
+
+def _named(scores: Scores, name: str) -> list[str]:
+    """The cell of a dataset's name, where several are told apart."""
+    return [name] if scores.dataset else []
+
+
+def _show_rows(console: Console, title: str, entries: Sequence[Mapping[str, Any]]) -> None:
+    """A line a row, cut at the width of the terminal."""
+    lines = []
+    for entry in entries:
+        text = " → ".join(" ".join(turn["text"].split()) for turn in entry.get("turns", []))
+        lines.append(f"{entry['row']:>7}  {entry['score']:7.4f}  {text}")
+    console.lines(title, lines)
+
+
+def show_run(console: Console, folder: Path, run: Mapping[str, Any]) -> None:
+    """What a finished run of `dynamic` picked, what that did, and where it is."""
+    pool, made = run["pool"], run["selections"]
+    rows = [["the pool", run["rows"], *[_share(count, run["rows"]) for count in pool.values()]]]
+    for one in made if len(made) <= MOST_SELECTIONS else [*made[: MOST_SELECTIONS - 1], made[-1]]:
+        rows.append(
+            [f"picked at step {one['step']}", one["rows"], *[_share(one["picked"][name], one["rows"]) for name in pool]]
+        )
+    if len(made) > MOST_SELECTIONS:
+        rows.insert(-1, [f"… {len(made) - MOST_SELECTIONS} more", "", *["" for _ in pool]])
+    console.table("What was picked", ["", "rows", *pool], rows)
+    console.facts(
+        "The run",
+        {
+            "optimizer steps": f"{run['steps']}, {run['rows_per_step']} rows each",
+            "selections": f"{len(made)}, listed in {folder}/selections/",
+            f"loss on {run['eval_rows']} eval rows": "{before:.4f} before, {after:.4f} after".format(
+                **run["eval_loss"]
+            ),
+            "seconds": ", ".join(f"{name} {value:.0f}" for name, value in run["seconds"].items()),
+            "adapter, logs, checkpoints": f"{folder}/",
+            **({"page": f"{folder}/report.html"} if (folder / "report.html").is_file() else {}),
+        },
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} ({100 * part / whole:.0f}%)"
 
 
 def histogram(values: np.ndarray, edges: np.ndarray) -> str:

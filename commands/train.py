@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataflex.commands import session as s
 from dataflex.commands.planned import show_plan
 
-EXAMPLE = "Example: dataflex train examples/pipeline.yaml --dataset saves/subset.jsonl output_dir=saves/selected"
+EXAMPLE = "Example: dataflex train examples/pipeline.yaml --dataset saves/subset.jsonl -o saves/selected"
 
 
 def train(

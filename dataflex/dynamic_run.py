@@ -29,7 +29,7 @@ from dataflex.model import compute_dtype, device
 from dataflex.needs import check_needs
 from dataflex.outline import Outline, note_gradient_pass, note_store
 from dataflex.planning import Plan
-from dataflex.progress import SILENT, Progress
+from dataflex.progress import SILENT, Progress, Task
 from dataflex.projection.table import check_projector
 from dataflex.provenance import RunRecord
 from dataflex.reporting.run import PAGE, report
@@ -72,6 +72,7 @@ def dynamic(config: RunConfig, progress: Progress = SILENT) -> Path:
             rows_of=selections.rows_of,
             before_step=selections.prepare,
             save_at=schedule.selection_steps,
+            pauses={"selection": len(set(schedule.selection_steps) - selections.made.keys())},
         )
         with run.watch.phase("evaluation"):
             loss_after = mean_loss(capture, needed(run.validation).examples, progress, "eval loss after")
@@ -207,13 +208,13 @@ class _Selections:
         """Indices of the rows that `step` trains on."""
         return scheduled_rows(self.schedule, step, len(self.run.train.examples), self.run.config.seed, self.made)
 
-    def prepare(self, step: int, moments: Callable[[], AdamMoments]) -> dict[str, float]:
+    def prepare(self, step: int, moments: Callable[[], AdamMoments], task: Task) -> dict[str, float]:
         """Evaluate before the first step, and select where `step` begins a selection's rows; return what trackers are
         shown of the selection."""
         run = self.run
         if "eval_loss" not in self.record.facts:
             # only now, inside the training: under ZeRO-3 the model cannot run before
-            with run.watch.phase("evaluation"):
+            with task.pause("first evaluation"), run.watch.phase("evaluation"):
                 before = mean_loss(self.capture, needed(run.validation).examples, run.progress, "eval loss before")
                 others = self._losses_of_others("other rows before") if run.config.report else []
             self.record.note(eval_loss={"before": before}, losses_of_others=others)
@@ -221,7 +222,7 @@ class _Selections:
         if selected_at is None or selected_at in self.made:
             return {}
         started = time.monotonic()
-        with run.watch.phase("selection"):
+        with task.pause("selection"), run.watch.phase("selection"):
             scores, chosen = self._select(selected_at, moments())
         last = self.made[max(self.made)] if self.made else None
         self.made[selected_at] = chosen

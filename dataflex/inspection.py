@@ -250,7 +250,7 @@ def _inspect_checkpoint(path: Path) -> Inspection:
 def _inspect_output(path: Path, checkpoints: Sequence[Path]) -> Inspection:
     found = Inspection("output directory", str(path))
     record = _read_json(path / RUN, found)
-    found.facts |= {key: value for key, value in record.items() if key != "origin"}
+    found.facts |= {key: value for key, value in record.items() if key not in ("origin", "losses_of_others")}
     if record and record.get("finished") is False:
         found.problems.append("the run has not ended; the same command goes on from where it is")
     if record.get("command") == "compare":

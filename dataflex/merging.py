@@ -100,7 +100,7 @@ def merge(config: RunConfig, progress: Progress = SILENT) -> Path:
         del model  # two of them may be more than there is room for
         progress.say(f"reading {config.export_dir} back")
         difference = check_export(folder, probe, config, target_device, dtype)
-        progress.say(f"read back: {difference}")
+        progress.say(difference)
         write_text(folder / CARD, merged_card(config, difference))
         make_ordinary(*(path for path in folder.iterdir() if path.is_file()))
         if export_dir.exists():

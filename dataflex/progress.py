@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 
@@ -29,12 +29,19 @@ class Task(Protocol):
             Interrupted: if the work is to end here; never where `amount` is 0.
         """
 
+    def pause(self, kind: str) -> contextlib.AbstractContextManager[None]:
+        """The block does something that no unit of the work is, for instance a selection: its time says nothing of how
+        long the units take."""
+
 
 class Progress(Protocol):
     """What receives reports of progress."""
 
-    def task(self, description: str, total: int, unit: str) -> contextlib.AbstractContextManager[Task]:
-        """Announce `total` units of work; the task ends with the block."""
+    def task(
+        self, description: str, total: int, unit: str, done: int = 0, pauses: Mapping[str, int] | None = None
+    ) -> contextlib.AbstractContextManager[Task]:
+        """Announce `total` units of work, of which an earlier run did `done`; the task ends with the block. `pauses`
+        says how many pauses of each kind are expected."""
 
     def say(self, message: str) -> None:
         """One line worth keeping in the log."""
@@ -47,8 +54,10 @@ class Once:
         self._progress = progress
         self._said: set[str] = set()
 
-    def task(self, description: str, total: int, unit: str) -> contextlib.AbstractContextManager[Task]:
-        return self._progress.task(description, total, unit)
+    def task(
+        self, description: str, total: int, unit: str, done: int = 0, pauses: Mapping[str, int] | None = None
+    ) -> contextlib.AbstractContextManager[Task]:
+        return self._progress.task(description, total, unit, done, pauses)
 
     def say(self, message: str) -> None:
         if message not in self._said:
@@ -56,17 +65,22 @@ class Once:
             self._progress.say(message)
 
 
-class _SilentTask:
+class SilentTask:
     def advance(self, amount: int = 1, **shown: Any) -> None:
         pass
+
+    def pause(self, kind: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
 
 class Silent:
     """Shows nothing: the default for calls from Python."""
 
     @contextlib.contextmanager
-    def task(self, description: str, total: int, unit: str) -> Iterator[Task]:
-        yield _SilentTask()
+    def task(
+        self, description: str, total: int, unit: str, done: int = 0, pauses: Mapping[str, int] | None = None
+    ) -> Iterator[Task]:
+        yield SilentTask()
 
     def say(self, message: str) -> None:
         pass

@@ -30,7 +30,7 @@ from dataflex.errors import DataflexError, UsageError
 from dataflex.gradients import collect, passes
 from dataflex.model import load_tokenizer
 from dataflex.planning import plan
-from dataflex.progress import Interrupted, Silent
+from dataflex.progress import Interrupted, Silent, SilentTask
 from dataflex.store.layout import header_checksum
 
 
@@ -211,14 +211,14 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     made.remove()
 
 
-class FillsTheDisk(Silent):
+class FillsTheDisk(Silent, SilentTask):
     """A Progress that leaves no byte free once some work of a kind is under way."""
 
     def __init__(self, disk: Disk, description: str, report: int) -> None:
         self.disk, self.description, self.left = disk, description, report
 
     @contextlib.contextmanager
-    def task(self, description, total, unit):
+    def task(self, description, total, unit, *expected):
         yield self if description == self.description else FillsTheDisk(self.disk, "", 0)
 
     def advance(self, amount=1, **shown):

@@ -22,7 +22,7 @@ import dataflex
 from dataflex.config import RunConfig
 from dataflex.errors import DataflexError, UsageError
 from dataflex.inspection import inspect
-from dataflex.progress import Silent
+from dataflex.progress import Silent, SilentTask
 
 SEEDS = 20
 VALUES: list[Any] = [None, True, 0, -1, 1.5, 1e308, 10**30, "", "x", "a b", [], [1], ["x"], {}, {"a": 1}, [[]], [None]]
@@ -45,11 +45,11 @@ class Stopped(Exception):
     """The run has been cut off."""
 
 
-class CutOff(Silent):
+class CutOff(Silent, SilentTask):
     """A Progress that ends a training after its second step."""
 
     @contextlib.contextmanager
-    def task(self, description: str, total: int, unit: str) -> Iterator[CutOff]:
+    def task(self, description: str, total: int, unit: str, *expected: Any) -> Iterator[CutOff]:
         self.steps, self.counts = 0, description == "training"
         yield self
 

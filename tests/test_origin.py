@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,9 +50,9 @@ class Reads(Silent):
     def __init__(self) -> None:
         self.count = 0
 
-    def task(self, description: str, total: int, unit: str):
+    def task(self, description: str, total: int, unit: str, *expected: Any):
         self.count += 1
-        return super().task(description, total, unit)
+        return super().task(description, total, unit, *expected)
 
 
 def test_a_file_is_read_once_and_again_when_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

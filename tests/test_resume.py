@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from dataflex import dynamic, load_config, train
 from dataflex.errors import UsageError
 from dataflex.gradients import capture, passes
+from dataflex.progress import SilentTask
 
 
 class Stopped(Exception):
@@ -33,7 +34,7 @@ class StopsAt:
         self.description, self.left = description, reports
 
     @contextlib.contextmanager
-    def task(self, description, total, unit):
+    def task(self, description, total, unit, *expected):
         self.current = description
         yield _Task(self, description)
 
@@ -41,7 +42,7 @@ class StopsAt:
         pass
 
 
-class _Task:
+class _Task(SilentTask):
     def __init__(self, stops: StopsAt, description: str) -> None:
         self.stops, self.description = stops, description
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from dataflex import dynamic, grads, load_config, warmup
 from dataflex.commands.session import session
 from dataflex.commands.signals import NOTICE, stoppable
-from dataflex.progress import Interrupted
+from dataflex.progress import Interrupted, SilentTask
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +36,14 @@ def whole(settings, tmp_path_factory) -> Path:
     return dynamic(load_config(options={**settings, "output_dir": str(tmp_path_factory.mktemp("whole") / "out")}))
 
 
-class InterruptsAt:
+class InterruptsAt(SilentTask):
     """A Progress that asks for an end at the n-th report of one kind of work, and only there."""
 
     def __init__(self, description: str, report: int) -> None:
         self.description, self.left = description, report
 
     @contextlib.contextmanager
-    def task(self, description, total, unit):
+    def task(self, description, total, unit, *expected):
         self.current = description
         yield self if description == self.description else InterruptsAt("nothing", 0)
 

@@ -23,6 +23,7 @@ from word_model import CHAT_TEMPLATE, make_model
 import dataflex
 from dataflex.config import MARKS, RunConfig
 from dataflex.errors import UsageError
+from dataflex.progress import SilentTask
 
 TRAINS = ("warmup", "train", "dynamic")
 COMMANDS = (*TRAINS, "grads")
@@ -226,14 +227,14 @@ class Reached(Exception):
     """The command has begun to work."""
 
 
-class Stops:
+class Stops(SilentTask):
     """A Progress that ends the command where training or gradients begin or have done `after` units."""
 
     def __init__(self, after: int = 0) -> None:
         self.after, self.said, self.amounts = after, [], []
 
     @contextlib.contextmanager
-    def task(self, description: str, total: int, unit: str) -> Iterator[Stops]:
+    def task(self, description: str, total: int, unit: str, *expected: Any) -> Iterator[Stops]:
         self.current = description
         yield self
 

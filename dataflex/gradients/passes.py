@@ -94,9 +94,7 @@ def project_rows(
     """
     values = [(a.to(capture.device), b.to(capture.device)) for a, b in adapter_values(capture.pairs)]
     too_large, losses, seen = math.inf, 0.0, 0
-    with progress.task(description, done + sum(len(batch) for batch in batches), "rows") as task:
-        if done:
-            task.advance(done)
+    with progress.task(description, done + sum(len(batch) for batch in batches), "rows", done) as task:
         for turn, batch in enumerate(processes.my_turns(batches)):
             rows = [_Row(examples[index], index in reference) for index in batch or []]
             if rows:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dataflex.data.catalog import find_sources
 from dataflex.data.conversations import Unusable, to_conversation
 from dataflex.data.records import Source
-from dataflex.data.subset import take_records
+from dataflex.data.subset import Taken, take_records
 from dataflex.errors import UsageError
 from dataflex.influence.scores import Scores, length_correlation, ranking
 from dataflex.progress import Progress
@@ -79,12 +81,27 @@ def best_and_worst_as_text(
     for index, row in zip(indices, rows, strict=True):
         entry: dict[str, Any] = {"row": row, "score": float(scores.score[index])}
         if row in taken:
-            source, record = taken[row]
-            entry |= {"dataset": source.name, "turns": _turns(source, record)}
+            entry |= as_text(taken[row])
         if tokens is not None:
             entry["tokens"] = int(tokens[index])
         found.append(entry)
     return {"best": found[: len(best)], "worst": found[len(best) :]}
+
+
+def as_text(taken: Taken) -> dict[str, Any]:
+    """`dataset` and `turns` of a record, a turn cut at LONGEST_TEXT characters."""
+    source, record = taken
+    return {"dataset": source.name, "turns": _turns(source, record)}
+
+
+def ends_of_subset(path: Path, size: int, shown: int = SHOWN) -> dict[str, list[dict[str, Any]]]:
+    """`first` and `last`: the best and the last `shown` of the `size` rows that `select` wrote to `path`, as
+    `best_and_worst_as_text` gives rows; no row is in both."""
+    first = list(range(min(shown, size)))
+    last = list(range(max(len(first), size - shown), size))
+    taken, _ = take_records(find_sources([str(path)], "data"), [*first, *last])
+    found = [{**taken[place][1]["dataflex"], **as_text(taken[place])} for place in (*first, *last)]
+    return {"first": found[: len(first)], "last": found[len(first) :]}
 
 
 def _turns(source: Source, record: dict[str, Any]) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from dataflex.needs import check_needs
 from dataflex.origin import Origin, origin
 from dataflex.outline import Outline, longest_of, note_peak, note_training, outline
 from dataflex.planning import Plan, read_rows
-from dataflex.progress import SILENT, Progress
+from dataflex.progress import SILENT, Progress, Task
 from dataflex.provenance import RunRecord, Stopwatch, find_record, open_record, read_record, was_begun
 from dataflex.training.arguments import check_schedule, training_arguments
 from dataflex.training.checkpoints import step_of
@@ -225,8 +225,9 @@ def train_run(
     *,
     steps_per_epoch: int,
     rows_of: RowsOf,
-    before_step: BeforeStep = lambda step, moments: {},
+    before_step: BeforeStep = lambda step, moments, task: {},
     save_at: Collection[int] = (),
+    pauses: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Take the run's steps and return the log history. Arguments as for `fit`.
 
@@ -234,10 +235,10 @@ def train_run(
     """
     untried = [run.check_gradients] if run.is_shared_out else []
 
-    def prepare_step(step: int, moments: Callable[[], AdamMoments]) -> Figures:
+    def prepare_step(step: int, moments: Callable[[], AdamMoments], task: Task) -> Figures:
         while untried:
             untried.pop()()
-        return before_step(step, moments)
+        return before_step(step, moments, task)
 
     with run.watch.phase("training"):
         return fit(
@@ -252,6 +253,7 @@ def train_run(
             progress=run.progress,
             eval_examples=run.validation.examples if run.validation else None,
             save_at=save_at,
+            pauses=pauses,
         )
 
 

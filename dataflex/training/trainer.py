@@ -6,8 +6,9 @@ writes and checks what it reads, `Steps` counts them and ends the run, `RunLog` 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -38,8 +39,9 @@ RowsOf = Callable[[int], list[int]]
 """Step → indices of its rows, over all processes. Pure."""
 Figures = dict[str, float]
 """What trackers are shown beside the loss, by name."""
-BeforeStep = Callable[[int, Callable[[], AdamMoments]], Figures]
-"""(step about to be taken, the moments as they are) → the figures of whatever was to be done before it."""
+BeforeStep = Callable[[int, Callable[[], AdamMoments], Task], Figures]
+"""(step about to be taken, the moments as they are, the task that counts the steps) → the figures of whatever was to be
+done before it."""
 
 
 class RowTrainer(Trainer):
@@ -52,6 +54,7 @@ class RowTrainer(Trainer):
         rows_of: RowsOf,
         before_step: Callable[[int], Figures],
         steps_per_epoch: int,
+        task: Task,
         **kwargs: Any,
     ) -> None:
         super().__init__(train_dataset=examples, **kwargs)
@@ -59,6 +62,7 @@ class RowTrainer(Trainer):
         self.rows_of = rows_of
         self.before_step = before_step
         self.steps_per_epoch = steps_per_epoch
+        self.task = task
         self.remove_callback(PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -72,6 +76,10 @@ class RowTrainer(Trainer):
         if figures := self.before_step(step):  # for trackers alone: a run's history is that of its training
             self.callback_handler.on_log(self.args, self.state, self.control, figures)
         return super().get_batch_samples(self._batches(self.rows_of(step)), num_batches, device)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.task.pause("evaluation"):
+            return super().evaluate(*args, **kwargs)
 
     def _batches(self, rows: list[int]) -> Iterator[dict[str, torch.Tensor]]:
         size, world = self.args.per_device_train_batch_size, self.args.world_size
@@ -183,6 +191,16 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
+def evaluations_after(step: int, args: TrainingArguments, steps_per_epoch: int) -> int:
+    """How many evaluations on eval_dataset a training that has taken `step` steps has before it."""
+    if args.eval_strategy == "no":
+        return 0
+    every = steps_per_epoch if args.eval_strategy == "epoch" else needed(args.eval_steps)
+    if every < 1:  # a share of all steps
+        every = math.ceil(args.max_steps * every)
+    return math.ceil(args.max_steps / every) - int(step // every)  # the last step is always one of them
+
+
 def _kept(output_dir: Path, steps: int) -> str:
     """What a training that ends here leaves."""
     checkpoint = newest_sealed(output_dir)
@@ -200,10 +218,11 @@ def fit(
     *,
     steps_per_epoch: int,
     rows_of: RowsOf,
-    before_step: BeforeStep = lambda step, moments: {},
+    before_step: BeforeStep = lambda step, moments, task: {},
     progress: Progress,
     eval_examples: Sequence[Example] | None = None,
     save_at: Collection[int] = (),
+    pauses: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model`'s adapter, save it with its tokenizer and logs in `output_dir`, and return the log history.
 
@@ -212,6 +231,7 @@ def fit(
     Args:
         args: `training_arguments(config, steps)`; made before the model, which ZeRO-3 shares out while it loads.
         save_at: steps after which a checkpoint is written besides those that `save_steps` names.
+        pauses: how many pauses of each kind `before_step` will make.
     """
     output_dir = Path(needed(config.output_dir))
     checkpoint = last_checkpoint(output_dir)
@@ -224,7 +244,9 @@ def fit(
         # no step is left; in the middle of an epoch, transformers would look for the end after one more
         steps_per_epoch = args.max_steps
     set_chat(tokenizer, config.template)  # it is saved with each adapter
-    with progress.task("training", args.max_steps, "steps") as task, without_back_doors():
+    done = step_of(checkpoint)
+    pauses = {**(pauses or {}), "evaluation": evaluations_after(done, args, steps_per_epoch)}
+    with progress.task("training", args.max_steps, "steps", done, pauses) as task, without_back_doors():
         steps = Steps(task, save_at if config.save_strategy != "no" else ())
         trainer = RowTrainer(
             model=model,
@@ -235,13 +257,12 @@ def fit(
             callbacks=[live, SavedAdapters(config), checkpoints, steps, RunLog(task)],
             examples=examples,
             rows_of=rows_of,
-            before_step=lambda step: before_step(step, lambda: live.moments(step)),
+            before_step=lambda step: before_step(step, lambda: live.moments(step), task),
             steps_per_epoch=steps_per_epoch,
+            task=task,
         )
         if (used := method_of_accelerator(trainer.accelerator)) != method:
             raise DataflexError(f"accelerate would train {used}, where the configuration says {method}")
-        if checkpoint is not None:
-            task.advance(step_of(checkpoint))
         try:
             with (
                 disk_errors_of(f"output_dir {output_dir}", " from the last whole checkpoint"),

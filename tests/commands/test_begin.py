@@ -79,7 +79,7 @@ NEXT = {
         "score --train train.h5 --eval eval.h5 -o scores.jsonl"
     ),
     "select run.yaml --scores scores.jsonl --count 3 -o subset.jsonl": (
-        "train run.yaml --dataset subset.jsonl output_dir=saves/selected"
+        "train run.yaml --dataset subset.jsonl -o saves/selected"
     ),
     "train run.yaml output_dir=out": "eval run.yaml --adapter out -o out/eval.json",
 }
@@ -91,6 +91,7 @@ def test_a_command_names_the_next_one_which_can_be_pasted(typed: str, bench: Pat
     assert done.exit_code == 0, done.stderr
     [line] = [line for line in done.stderr.splitlines() if line.startswith("next: ")]
     assert line == f"next: dataflex {NEXT[typed]}"
+    assert done.output.splitlines()[-1] == line  # on a terminal it stands below the result
     planned = cli(*shlex.split(line)[2:], "--overwrite", "--dry-run")
     assert planned.exit_code == 0, planned.stderr
     assert "next: " not in cli(*typed.split(), "--overwrite", "-q").stderr

@@ -16,22 +16,9 @@ from rich.console import Console as RichConsole
 
 from dataflex.commands import console as printed
 from dataflex.commands.compare import show_comparison
-from dataflex.commands.console import Console, left_of, rate_of
+from dataflex.commands.console import Console
 from dataflex.commands.summaries import histogram, show_scores
 from dataflex.influence.scores import Scores
-
-
-def test_a_rate_below_one_a_second_is_seconds_of_one() -> None:
-    assert rate_of(90, 30, "rows") == "3.0 rows/s"
-    assert rate_of(2, 120, "steps") == "60.0 s/step"
-    assert rate_of(0, 120, "steps") == ""
-
-
-def test_the_time_left_follows_the_mean_pace() -> None:
-    """Steps of a minute: rich's own estimate looks at half a minute and knows nothing then."""
-    assert left_of(2, 10, 120) == "0:08:00"
-    assert left_of(10, 10, 600) == "0:00:00"
-    assert left_of(0, 10, 5) == "-:--:--"
 
 
 def test_without_a_terminal_a_long_task_says_where_it_is(monkeypatch, capfd) -> None:
@@ -137,13 +124,43 @@ def test_a_comparison_is_a_table_a_budget_whose_lines_fit_80_columns() -> None:
 
 def test_scores_are_shown_by_dataset_with_the_best_rows(bench: Path, cli) -> None:
     said = cli("inspect", "scores.jsonl").stderr
-    taken = cli("select", "run.yaml", "--scores", "scores.jsonl", "--count", 3, "-o", "three.jsonl").stderr
-    for text in (said, taken):
+    select = ("select", "run.yaml", "--scores", "scores.jsonl", "--count", 3, "-o", "three.jsonl", "--overwrite")
+    taken = cli(*select).stderr
+    plain = cli(*select, "plain=true").stderr
+    for text in (said, taken, plain):
         assert re.search(r"alpaca +6 ", text) and re.search(r"identity +6 ", text) and re.search(r"[▁-█]", text)
-    picked = [json.loads(line)["dataflex"]["row"] for line in (bench / "three.jsonl").read_text().splitlines()]
-    shown = re.findall(r"^ +(\d+) +(?:alpaca|identity)", taken[taken.index("the best rows") :], flags=re.MULTILINE)
-    assert [int(row) for row in shown] == picked
+    order = [json.loads(line) for line in (bench / "scores.jsonl").read_text().splitlines()]
+    best = [line["row"] for line in sorted(order, key=lambda line: (-line["score"], line["row"]))]
+    for text, rows in ((said, best[:5]), (taken, best[:3]), (plain, best[:3])):
+        shown = re.findall(r"^ +(\d+) ", text[text.index("the best rows") :], flags=re.MULTILINE)
+        assert [int(row) for row in shown] == rows
     assert "selected 3 of 12 rows" in taken
+
+
+def test_a_selection_is_shown_as_text(bench: Path, cli) -> None:
+    """By `select` and by `inspect`: its best and its last rows, none twice, each under its number and its score."""
+    taken = cli("select", "run.yaml", "--scores", "scores.jsonl", "--count", 8, "-o", "eight.jsonl").stderr
+    lines = [json.loads(line) for line in (bench / "eight.jsonl").read_text().splitlines()]
+    for said in (taken, cli("inspect", "eight.jsonl").stderr):
+        best, last = said[said.index("the best rows") :].split("the last rows that were selected")
+        for text, expected in ((best, lines[:5]), (last, lines[5:])):
+            found = re.findall(r"^ +(\d+) +(-?\d\.\d{4})  (.*)$", text, flags=re.MULTILINE)
+            assert [(int(row), score) for row, score, _ in found] == [
+                (line["dataflex"]["row"], f"{line['dataflex']['score']:.4f}") for line in expected
+            ]
+            for (_, _, shown), line in zip(found, expected, strict=True):
+                assert shown.startswith(" ".join(line["instruction"].split())[:15])
+
+
+def test_the_table_of_an_evaluation_fits_80_columns() -> None:
+    """Numbers of usual length, under the names that datasets have: none is cut."""
+    shown, said = Console(), io.StringIO()
+    shown.err = RichConsole(width=80, file=said)
+    names = ["rows", "tokens", "loss", "token loss", "perplexity", "exact", "normalised", "math"]
+    numbers = [1319, 312345, 1.234567, 0.987654, 3.43712, 0.123456, 0.234567, 0.345678]
+    shown.table("held-out rows", ["", *names], [[name, *numbers] for name in ("glaive_toolcall_en_demo", "all")])
+    text = said.getvalue()
+    assert "…" not in text and text.count("312345") == 2 and max(map(len, text.splitlines())) <= 80
 
 
 def test_options_take_what_keys_take(bench: Path, cli) -> None:

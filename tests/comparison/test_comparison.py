@@ -21,7 +21,7 @@ from dataflex.config_file import with_component
 from dataflex.errors import UsageError
 from dataflex.influence.score_file import read_scores
 from dataflex.influence.scores import ranking
-from dataflex.progress import Interrupted
+from dataflex.progress import Interrupted, SilentTask
 
 SEEDS = [42, 43]
 
@@ -117,10 +117,10 @@ class Kills:
         self.said: list[str] = []
 
     @contextlib.contextmanager
-    def task(self, description: str, total: int, unit: str) -> Any:
+    def task(self, description: str, total: int, unit: str, *expected: Any) -> Any:
         outer = self
 
-        class Task:
+        class Task(SilentTask):
             def advance(self, amount: int = 1, **shown: Any) -> None:
                 if description == outer.wanted and amount:
                     outer.left -= 1

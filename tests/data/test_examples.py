@@ -17,6 +17,7 @@ from dataflex.data.rows import (
     supervised_tokens,
 )
 from dataflex.errors import UsageError
+from dataflex.progress import SilentTask
 
 
 def row(instruction: str = "a", output: object = "b", **more: object) -> dict[str, object]:
@@ -202,9 +203,9 @@ def test_progress_and_hash(tmp_path: Path, write_dataset, tokenizer) -> None:
     write_dataset("a", [row(), row(output=None)])
     told = []
 
-    class Recorder:
+    class Recorder(SilentTask):
         @contextlib.contextmanager
-        def task(self, description: str, total: int, unit: str):
+        def task(self, description: str, total: int, unit: str, *expected: object):
             told.append((description, total, unit))
             yield self
 

@@ -15,6 +15,7 @@ import dataflex
 from dataflex.config import RunConfig
 from dataflex.errors import UsageError
 from dataflex.evaluation.figures import figures_of
+from dataflex.progress import SilentTask
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +73,14 @@ class Killed(Exception):
     pass
 
 
-class Kills:
+class Kills(SilentTask):
     """A Progress that ends the command after one batch."""
 
     def __init__(self) -> None:
         self.amounts: list[int] = []
 
     @contextlib.contextmanager
-    def task(self, description: str, total: int, unit: str) -> Any:
+    def task(self, description: str, total: int, unit: str, *expected: Any) -> Any:
         self.losses = description == "held-out loss"
         yield self
 

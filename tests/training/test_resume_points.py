@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from dataflex import load_config, train
 from dataflex.errors import DataflexError, UsageError
 from dataflex.origin import Origin
-from dataflex.progress import Silent
+from dataflex.progress import Silent, SilentTask
 from dataflex.provenance import RunRecord, was_begun
 from dataflex.training import checkpoints
 from dataflex.training.checkpoints import (
@@ -133,13 +133,13 @@ class Stopped(Exception):
     """Stands for whatever ends a process."""
 
 
-class StopsAfter(Silent):
+class StopsAfter(Silent, SilentTask):
     """A Progress that ends a training after so many steps."""
 
     def __init__(self, steps: int) -> None:
         self.left = steps
 
-    def task(self, description, total, unit):
+    def task(self, description, total, unit, *expected):
         import contextlib
 
         return contextlib.nullcontext(self)

@@ -19,7 +19,7 @@ TABLED = ("score_max", "score_mean", "score_min", "datasets", "winners")
 """Facts of scores that their table shows."""
 TABLED_OF_RUN = (
     *("rows", "pool", "selections", "selections_at", "steps", "rows_per_step", "current_steps", "total_steps"),
-    *("eval_rows", "eval_loss", "seconds"),
+    *("eval_rows", "eval_loss", "others", "seconds"),
 )
 """Facts of a finished run that its tables show."""
 FINGERPRINT = re.compile("[0-9a-f]{64}")

@@ -102,14 +102,14 @@ def show_run(console: Console, folder: Path, run: Mapping[str, Any]) -> None:
     if len(made) > MOST_SELECTIONS:
         rows.insert(-1, [f"… {len(made) - MOST_SELECTIONS} more", "", *["" for _ in pool]])
     console.table("What was picked", ["", "rows", *pool], rows)
+    before_and_after, others = "{before:.4f} before, {after:.4f} after", run.get("others")
     console.facts(
         "The run",
         {
             "optimizer steps": f"{run['steps']}, {run['rows_per_step']} rows each",
             "selections": f"{len(made)}, listed in {folder}/selections/",
-            f"loss on {run['eval_rows']} eval rows": "{before:.4f} before, {after:.4f} after".format(
-                **run["eval_loss"]
-            ),
+            f"loss on {run['eval_rows']} eval rows": before_and_after.format(**run["eval_loss"]),
+            **({f"on {others['rows']} untrained rows": before_and_after.format(**others)} if others else {}),
             "seconds": ", ".join(f"{name} {value:.0f}" for name, value in run["seconds"].items()),
             "adapter, logs, checkpoints": f"{folder}/",
             **({"page": f"{folder}/report.html"} if (folder / "report.html").is_file() else {}),

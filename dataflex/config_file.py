@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,9 @@ def load_config(
     values = read_yaml_mapping(path, "config") if path is not None else {}
     _rename(values, problems)
     folder = Path(path).parent if path is not None else None
-    values.update(options or {})
-    values.update(_read_overrides(overrides, problems))
+    arguments = {**(options or {}), **_read_overrides(overrides, problems)}
+    _rename(arguments, problems)
+    values.update(arguments)
 
     for key, reason in REFUSED_KEYS.items():
         value = values.pop(key, None)
@@ -96,10 +97,8 @@ def load_config(
     deepspeed = values.get("deepspeed")
     if isinstance(deepspeed, str) and not os.path.isfile(deepspeed):
         problems.append(f"key 'deepspeed': no file {deepspeed}")
-    if len(problems) == 1:
-        raise UsageError(f"{where}: {problems[0]}")
     if problems:
-        raise UsageError(f"{where}: {len(problems)} problems\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise UsageError(_told(problems, where, arguments))
     if unused or unused_params:
         warnings.warn(f"{where}: keys without effect here: {', '.join(unused + unused_params)}", stacklevel=2)
     return config
@@ -140,7 +139,6 @@ def _read_overrides(overrides: Iterable[str], problems: list[str]) -> dict[str, 
             values[key.strip()] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError):
             values[key.strip()] = value  # a text that YAML cannot read is still a text
-    _rename(values, problems)
     return values
 
 
@@ -282,6 +280,19 @@ def _selector(name: Any, where: str, problems: list[str]) -> dict[str, Any]:
     except UsageError as error:
         problems.append(f"{where}: {error}")
         return {}
+
+
+def _told(problems: Sequence[str], where: str, arguments: Collection[str]) -> str:
+    """All problems under `where` they are: in the file, or among the keys that were given as `arguments`."""
+    keys = [re.match(r"key '(\w+)|argument", problem) for problem in problems]
+    given = [key is not None and (key[1] is None or key[1] in arguments) for key in keys]
+    if all(given):
+        where = "arguments"
+    else:
+        problems = [f"{text} (an argument)" if own else text for text, own in zip(problems, given, strict=True)]
+    if len(problems) == 1:
+        return f"{where}: {problems[0]}"
+    return f"{where}: {len(problems)} problems\n" + "\n".join(f"  {problem}" for problem in problems)
 
 
 def _describe(error: ValidationError) -> list[str]:

@@ -113,6 +113,23 @@ class TestComplaints:
         ):  # fmt: skip
             assert any(part in line for line in lines), part
 
+    @pytest.mark.parametrize(
+        "text, arguments, told",
+        [
+            ("lora_rank: 4\n", ["learning_rat=3"], "arguments: key 'learning_rat': unknown; did you mean"),
+            ("lora_rank: -1\n", ["lora_rank=0"], "arguments: key 'lora_rank': input should be greater than 0, not 0"),
+            ("lora_rank: -1\n", ["cutoff_len=9"], "config run.yaml: key 'lora_rank': input should be greater than 0"),
+            ("lora_rank: 4\n", ["novalue", "adam_beta1=x"], "arguments: 2 problems\n  argument 'novalue': expected"),
+            ("lora_rank: -1\n", ["cutoff_len=0"], "config run.yaml: 2 problems\n"),
+        ],
+    )
+    def test_it_is_said_whether_the_file_or_an_argument_is_wrong(self, text: str, arguments: list[str], told: str):
+        said = complaint(write("run.yaml", text), arguments)
+        assert said.startswith(told)
+        assert [line for line in said.splitlines() if line.endswith("(an argument)")] == [
+            line for line in said.splitlines()[1:] if "cutoff_len" in line
+        ]
+
     def test_keys_are_checked_against_each_other_beside_wrong_ones(self):
         assert "bf16 and fp16" in complaint(overrides=["bf16=true", "fp16=true", "lora_rank=none"])
         # a wrong bf16 is one problem, not two

@@ -20,7 +20,9 @@ from dataflex.cost import (
     training_flops,
     training_memory,
 )
-from dataflex.gradients.capture import adapter_values, make_capture, row_gradients, undisturbed
+from dataflex.gradients.backward import adapter_values, row_gradients
+from dataflex.gradients.capture import make_capture
+from dataflex.gradients.forward_state import undisturbed
 from dataflex.gradients.loss import chunked_losses
 
 LLAMA_8B = Shape(8_030_000_000, 42_000_000, 32, 4096, 14336, vocabulary=128_256, itemsize=2)

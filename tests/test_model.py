@@ -17,8 +17,9 @@ from dataflex.adapters import read_adapter
 from dataflex.errors import UsageError
 from dataflex.fingerprints import base_model_fingerprint
 from dataflex.folding import check_foldable, fold
-from dataflex.gradients.capture import adapter_values, row_gradients, undisturbed
+from dataflex.gradients.backward import adapter_values, row_gradients
 from dataflex.gradients.collect import checkpoint_capture
+from dataflex.gradients.forward_state import undisturbed
 from dataflex.lora import layout, linear_names, lora_pairs, lora_targets, peft_errors
 from dataflex.model import (
     add_lora,

@@ -8,7 +8,9 @@ import torch
 from dataflex import load_config
 from dataflex.data.batches import collate
 from dataflex.data.examples import load_split
-from dataflex.gradients.capture import adapter_values, make_capture, row_gradients, undisturbed
+from dataflex.gradients.backward import adapter_values, row_gradients
+from dataflex.gradients.capture import make_capture
+from dataflex.gradients.forward_state import undisturbed
 from dataflex.gradients.passes import project_rows
 from dataflex.model import add_lora, load_base_model, load_tokenizer
 from dataflex.projection.identity import Identity

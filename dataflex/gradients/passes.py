@@ -18,7 +18,8 @@ from dataflex.data.batches import token_batches
 from dataflex.data.examples import Example
 from dataflex.data.rows import lengths_of
 from dataflex.errors import DataflexError
-from dataflex.gradients.capture import Capture, adapter_values, row_gradients
+from dataflex.gradients.backward import adapter_values, row_gradients
+from dataflex.gradients.capture import Capture
 from dataflex.gradients.direction import Direction
 from dataflex.gradients.loss import row_losses
 from dataflex.gradients.probe import groups_of

@@ -17,14 +17,9 @@ from dataflex.cost import out_of_memory
 from dataflex.data.examples import Example
 from dataflex.data.rows import lengths_of
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients.capture import (
-    Capture,
-    ForwardState,
-    TokensMixed,
-    adapter_values,
-    make_capture,
-    row_gradients,
-)
+from dataflex.gradients.backward import TokensMixed, adapter_values, row_gradients
+from dataflex.gradients.capture import Capture, make_capture
+from dataflex.gradients.forward_state import ForwardState
 from dataflex.gradients.loss import row_losses, whole_losses
 from dataflex.lora import Slot
 from dataflex.progress import SILENT, Progress

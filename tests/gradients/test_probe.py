@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 from dataflex import load_config
 from dataflex.errors import UsageError
-from dataflex.gradients.capture import ForwardState, make_capture, undisturbed
+from dataflex.gradients.capture import make_capture
+from dataflex.gradients.forward_state import ForwardState, undisturbed
 from dataflex.gradients.passes import batches_of, mean_loss, project_rows
 from dataflex.gradients.probe import check_capture, check_gradients, groups_of, length_ranges
 from dataflex.lora import lora_pairs

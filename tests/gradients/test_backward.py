@@ -11,7 +11,9 @@ import torch
 
 from dataflex.data.batches import collate
 from dataflex.errors import DataflexError, UsageError
-from dataflex.gradients.capture import TokensMixed, adapter_values, can_fuse, make_capture, row_gradients, undisturbed
+from dataflex.gradients.backward import TokensMixed, adapter_values, can_fuse, row_gradients
+from dataflex.gradients.capture import make_capture
+from dataflex.gradients.forward_state import undisturbed
 from dataflex.gradients.loss import row_losses, whole_losses
 from dataflex.gradients.passes import batches_of, mean_loss, project_rows
 from dataflex.lora import layout, lora_pairs

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from dataflex.commands.lines import help_console, print_lines
+
 # Each command and the first sentence of its function's docstring, under the panel of the group's help that lists it.
 # commands/NAME.py holds the function NAME.
 PANELS = {
@@ -46,9 +48,20 @@ class _Commands(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
+        for name, sentence in COMMANDS.items():
+            self.add_command(TyperCommand(name, help=sentence), name)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print usage, sentences, commands by panel and options, as the help of a command looks."""
+        console = help_console()
+        console.print(f"Usage: dataflex {' '.join(self.collect_usage_pieces(ctx))}\n", markup=False)
+        console.print(self.help or "", markup=False)
+        console.print()
         for panel, commands in PANELS.items():
-            for name, sentence in commands.items():
-                self.add_command(TyperCommand(name, help=sentence, rich_help_panel=panel), name)
+            print_lines(console, panel, commands.items())
+        options: list[Any] = self.get_params(ctx)
+        print_lines(console, "Options", [(", ".join(option.opts), option.help or "") for option in options])
+        console.print("\nA command's own help: dataflex COMMAND --help", markup=False)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args and args[0] in COMMANDS:
@@ -61,7 +74,7 @@ def _imported(name: str) -> Any:
     from dataflex.commands.help import HELP, Command
 
     module = import_module(f"dataflex.commands.{name}")
-    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
     alone.command(name, cls=Command, epilog=module.EXAMPLE, context_settings={"help_option_names": HELP})(
         getattr(module, name)
     )
@@ -73,10 +86,10 @@ app = typer.Typer(
     cls=_Commands,
     help=(
         "Pick the training rows that help a target task, and fine-tune on them (LESS, ICML 2024).\n\n"
-        "[bold]dataflex dynamic[/] does all of it in one run. The other commands are its steps, and exchange files: "
+        "dataflex dynamic does all of it in one run. The other commands are its steps, and exchange files: "
         "warmup → grads (training rows, validation rows) → score → select → train → merge."
     ),
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -29,12 +29,12 @@ EVERY = 30.0
 
 class _Rate(ProgressColumn):
     def render(self, task: RichTask) -> Text:
-        return Text(task.fields["pace"].rate(), style="cyan", no_wrap=True)
+        return Text(task.fields["pace"].rate(), no_wrap=True)
 
 
 class _Left(ProgressColumn):
     def render(self, task: RichTask) -> Text:
-        return Text(f"left {task.fields['pace'].left()}", style="cyan", no_wrap=True)
+        return Text(f"left {task.fields['pace'].left()}", no_wrap=True)
 
 
 class _Shown(ProgressColumn):
@@ -160,11 +160,11 @@ class Console:
         self._next = command
 
     def warning(self, message: str) -> None:
-        self.err.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+        self.err.print(_headed("warning:", "bold yellow", message), soft_wrap=True)
 
     def error(self, message: str) -> None:
         """The one message of a failed command; also under --quiet."""
-        RichConsole(stderr=True, highlight=False).print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+        RichConsole(stderr=True, highlight=False).print(_headed("error:", "bold red", message), soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A small table under a title; numbers stand right. Without `columns` it has no head."""
@@ -212,6 +212,11 @@ class Console:
             print(line, file=self.out, flush=True)
         if self._next:
             self.say(f"next: {self._next}")
+
+
+def _headed(head: str, style: str, message: str) -> Text:
+    """Only the head has a colour: yellow sentences cannot be read on a light ground."""
+    return Text.assemble((head, style), f" {message}")
 
 
 def _shown(value: Any) -> str:

@@ -7,13 +7,10 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 from typer.core import TyperArgument, TyperCommand
 
 from dataflex.commands import completion
+from dataflex.commands.lines import help_console, print_lines
 from dataflex.commands.session import KEYS
 from dataflex.config import MARKS, RunConfig, default_of, help_of
 from dataflex.key_list import KeyFacts, key_facts
@@ -40,7 +37,6 @@ TOPICS = {
 TOPIC_OF = {"component_name": TOPICS[Decides.SCORES]}
 """The topics of options whose keys decide nothing by themselves."""
 LINE = 62  # characters of an option's text that fit on its line
-WIDEST = 100  # columns: longer lines are hard to read
 
 
 class Command(TyperCommand):
@@ -49,19 +45,18 @@ class Command(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print usage, sentences, arguments and options by topic, the example; for ALL every key as well."""
         whole = ctx.meta[ALL]
-        console = Console(highlight=False)
-        console.width = min(console.width, WIDEST)
+        console = help_console()
         console.print(" ".join(["Usage: dataflex", str(self.name), *self.collect_usage_pieces(ctx)]), markup=False)
         for paragraph in (self.help or "").split("\n\n"):
             console.print("\n" + " ".join(paragraph.split()), markup=False)
         console.print()
         for topic, lines in _options(self.get_params(ctx), whole=whole).items():
-            _print_lines(console, topic, lines)
+            print_lines(console, topic, lines)
         if whole:
             own = [facts for facts in key_facts() if self.name in facts.used_by]
             for heading in dict.fromkeys(facts.heading for facts in own):
                 lines = [(facts.key, _key_text(facts)) for facts in own if facts.heading == heading]
-                _print_lines(console, f"Keys, as key=value or in the YAML: {heading}", lines)
+                print_lines(console, f"Keys, as key=value or in the YAML: {heading}", lines)
         console.print(self.epilog or "", markup=False, soft_wrap=True)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
@@ -136,17 +131,3 @@ def _written(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(_written, value))
     return str(value) if isinstance(value, str) else json.dumps(value)
-
-
-def _print_lines(console: Console, topic: str, lines: Iterable[tuple[str, str]]) -> None:
-    """A heading, and below it a name and its text a line."""
-    lines = list(lines)
-    if not lines:
-        return
-    console.print(topic, style="bold", markup=False)
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column()
-    for name, text in lines:
-        table.add_row(Text(name, style="cyan"), Text(text))
-    console.print(Padding(table, (0, 0, 0, 2)))

@@ -63,6 +63,7 @@ def score(
         session.console.facts("scores", {WORDS[key]: value for key, value in correlations.items()})
         if names:
             subset = path.with_name("subset.jsonl")
-            session.next("select", "--scores", path, "--data", ",".join(names), "--top", "5%", "-o", subset)
+            config = [s.CONFIG] if session.path is not None else []
+            session.next("select", *config, "--scores", path, "--data", ",".join(names), "--top", "5%", "-o", subset)
         facts = {"command": "score", "output": str(path), "rows": len(scores.row)} | correlations
         session.console.result([path], facts)

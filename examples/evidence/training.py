@@ -71,7 +71,7 @@ TUNED = {
     "zh": 5e-4,
     "tools": 2e-3,
     "mmlu": 5e-4,
-    "bbh": 5e-4,
+    "bbh": 2e-3,
     "gsm8k": 5e-4,
 }  # by --tune: the rate at which random rows help most
 

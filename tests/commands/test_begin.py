@@ -78,6 +78,9 @@ NEXT = {
     "grads run.yaml --checkpoint warmup/checkpoint-4 --split eval -o eval.h5 --overwrite": (
         "score --train train.h5 --eval eval.h5 -o scores.jsonl"
     ),
+    "score run.yaml --train train.h5 --eval eval.h5 -o found.jsonl": (
+        "select run.yaml --scores found.jsonl --data alpaca,identity --top 5% -o subset.jsonl"
+    ),
     "select run.yaml --scores scores.jsonl --count 3 -o subset.jsonl": (
         "train run.yaml --dataset subset.jsonl -o saves/selected"
     ),

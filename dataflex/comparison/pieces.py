@@ -95,16 +95,15 @@ class Pieces:
 
     def loss_after(self, training: Training) -> np.ndarray:
         """[held-out rows] losses after a training."""
-        place = self.folder / f"seed-{training.seed}"
-        subset = place / "subsets" / f"{training.name}.jsonl"
-        folder, result = self.run_folder(training), place / "evals" / f"{training.name}.json"
+        subset, result = self._files(training)
+        if self.is_made(training):
+            return self._losses(result)
+        folder = self.run_folder(training)
         if processes.rank() == 0 and not self._holds(subset, training):
             shutil.rmtree(folder, ignore_errors=True)  # the run of other rows
             result.unlink(missing_ok=True)
             self._write_subset(subset, training)
         processes.barrier()
-        if processes.broadcast(result.is_file()):
-            return self._losses(result)
         own = self._as_training(
             training.seed,
             output_dir=str(folder),
@@ -122,6 +121,16 @@ class Pieces:
         rows = len(training.indices)
         self.progress.say(f"{training.name}, seed {training.seed}: held-out loss {loss.mean():.4f} after {rows} rows")
         return loss
+
+    def is_made(self, training: Training) -> bool:
+        """Whether an earlier call has measured this training."""
+        subset, result = self._files(training)
+        return processes.broadcast(processes.rank() == 0 and result.is_file() and self._holds(subset, training))
+
+    def _files(self, training: Training) -> tuple[Path, Path]:
+        """The subset that is trained on, and the result of the evaluation."""
+        place = self.folder / f"seed-{training.seed}"
+        return place / "subsets" / f"{training.name}.jsonl", place / "evals" / f"{training.name}.json"
 
     def _holds(self, subset: Path, training: Training) -> bool:
         """Whether the file has the rows of `training`, in order."""

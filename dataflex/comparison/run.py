@@ -143,11 +143,14 @@ def _make(ready: Comparison, record: RunRecord) -> dict[str, Any]:
         further += halves_of_pool(len(ready.rows), ready.seeds, config.lds)
     untouched = pieces.untouched()
     made: dict[tuple[str, int, str], tuple[Training, np.ndarray]] = {}
-    with ready.progress.task("trainings", len(trainings) + len(further), "trainings") as task:
-        for training in [*trainings, *further]:
-            made[training.key] = training, pieces.loss_after(training)
+    wanted = {training.key: training for training in [*trainings, *further]}
+    there = {key for key, training in wanted.items() if pieces.is_made(training)}
+    with ready.progress.task("trainings", len(wanted), "trainings", len(there)) as task:
+        for key, training in wanted.items():
+            made[key] = training, pieces.loss_after(training)
             record.note(seconds=watch.seconds)
-            processes.advance(task)
+            if key not in there:
+                processes.advance(task)
     found = findings(ready, untouched, made, scores)
     found["runs"] = [
         _told(ready, training, made[training.key][1], pieces.run_folder(training)) for training in trainings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +35,9 @@ class _Rate(ProgressColumn):
 
 class _Left(ProgressColumn):
     def render(self, task: RichTask) -> Text:
-        return Text(f"left {task.fields['pace'].left()}", no_wrap=True)
+        pace = task.fields["pace"]
+        so_far = f"{datetime.timedelta(seconds=int(pace.seconds))} so far"  # a first batch may take a minute
+        return Text(f"left {left}" if (left := pace.left()) else so_far, no_wrap=True)
 
 
 class _Shown(ProgressColumn):
@@ -79,7 +82,8 @@ class _Count:
         now = time.monotonic()
         if now - self.told >= EVERY:
             self.told = now
-            parts = [f"{pace.done}/{pace.total} {pace.unit}", pace.rate(), f"{pace.left()} left"]
+            left = pace.left() and f"{pace.left()} left"
+            parts = [f"{pace.done}/{pace.total} {pace.unit}", pace.rate(), left]
             self.console.say(f"{self.description}: {', '.join(filter(None, parts))}")
         if amount:
             self.console.end_if_asked()

@@ -58,10 +58,10 @@ class Pace:
 
     def left(self) -> str:
         """The time left, with the pauses to come at the mean length of their kind; "over" it where none of a kind has
-        ended yet."""
+        ended yet; nothing before the first unit."""
         done = self.done - self._done_before
         if not done:
-            return "-:--:--"
+            return ""
         seconds, more = self._own_seconds / done * max(0, self.total - self.done), False
         for kind, number in self._to_begin.items():
             lengths = self._paused.get(kind, [])

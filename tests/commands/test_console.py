@@ -59,6 +59,17 @@ def test_a_bar_is_one_line(width: int, monkeypatch) -> None:
     assert "9999/123456 rows" in text and "left" in text
 
 
+def test_a_bar_moves_before_its_first_unit_is_done(monkeypatch) -> None:
+    """A first batch may take a minute: the time so far stands where the time left will."""
+    monkeypatch.setenv("TERM", "xterm")
+    shown = Console()
+    shown.err = RichConsole(force_terminal=True, width=80, file=io.StringIO())
+    with shown.task("train gradients", 24, "rows"):
+        assert shown._progress is not None
+        [line] = shown.err.render_lines(shown._progress.get_renderable())
+    assert "0:00:00 so far" in "".join(segment.text for segment in line)
+
+
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [

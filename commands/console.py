@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +13,11 @@ from typing import Any
 
 from rich import box
 from rich.console import Console as RichConsole
+from rich.console import RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Task as RichTask
+from rich.spinner import Spinner
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -22,6 +26,11 @@ from dataflex.json_text import json_of_figures
 from dataflex.progress import Interrupted
 
 MANY = 8  # columns of a table that stand closer, so that numbers fit 80 characters
+_PICTURES = {
+    **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
+    **{0x7F: 0x2421},
+    **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
+}
 SHORT = 20  # characters of a cell that is never broken
 BRIEF = 1.0  # seconds: a task that takes less is not told where there is no terminal
 EVERY = 30.0
@@ -100,7 +109,10 @@ class Console:
         self.err = RichConsole(stderr=True, quiet=quiet, highlight=False)
         self.stop_code = 0  # the exit code with which the work is to end at its next commit; 0: it is to go on
         self.tasks_open = 0
-        self._progress: Progress | None = None
+        self._live: Live | None = None
+        self._spinner = Spinner("dots", style="dim")
+        self._said = time.monotonic()
+        """When the last line was said or the last task ended."""
         self._next: str | None = None
 
     def end_if_asked(self) -> None:
@@ -120,44 +132,66 @@ class Console:
             self.tasks_open -= 1
 
     @contextlib.contextmanager
+    def alive(self) -> Iterator[None]:
+        """While the block runs, something moves on a terminal: the bars of tasks, else the time since the last line."""
+        if not self._moves or self._live is not None:
+            yield
+            return
+        with Live(get_renderable=self._view, console=self.err, transient=True, refresh_per_second=10) as self._live:
+            try:
+                yield
+            finally:
+                self._live = None
+
+    @property
+    def _moves(self) -> bool:
+        return self.err.is_terminal and not self.err.is_dumb_terminal and not self.quiet
+
+    def _view(self) -> RenderableType:
+        if self.tasks_open and "_bars" in vars(self):  # made by the thread that works, which this one is not
+            return self._bars.get_renderable()
+        seconds = int(time.monotonic() - self._said)
+        if seconds < BRIEF:
+            return Text("")
+        self._spinner.update(text=Text(str(datetime.timedelta(seconds=seconds)), style="dim"))
+        return self._spinner
+
+    @functools.cached_property
+    def _bars(self) -> Progress:
+        wide, whole = self.err.width >= 110, Column(no_wrap=True)
+        return Progress(
+            TextColumn("[bold]{task.description:<16}", table_column=whole),
+            BarColumn(bar_width=24 if wide else 8),
+            TextColumn("{task.completed:>4.0f}/{task.total:.0f} {task.fields[unit]}", table_column=whole),
+            _Rate(table_column=whole),
+            _Left(table_column=whole),
+            *([TimeElapsedColumn(table_column=whole)] if wide else []),
+            _Shown(table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+            console=self.err,
+            expand=True,
+        )
+
+    @contextlib.contextmanager
     def _shown_task(self, description: str, pace: Pace) -> Iterator[_Bar | _Count]:
-        if not self.err.is_terminal or self.err.is_dumb_terminal or self.quiet:
+        if not self._moves:
             count = _Count(self, description, pace)
             yield count
             if pace.seconds >= BRIEF:
                 shown = "".join(f", {name} {value:.4g}" for name, value in count.shown.items())
                 self.say(f"{description}: {pace.done} {pace.unit} in {pace.seconds:.0f} s{shown}")
             return
-        progress, outermost = self._progress, self._progress is None
-        if progress is None:
-            wide = self.err.width >= 110
-            progress = self._progress = Progress(
-                TextColumn("[bold]{task.description:<16}", table_column=Column(no_wrap=True)),
-                BarColumn(bar_width=24 if wide else 8),
-                TextColumn(
-                    "{task.completed:>4.0f}/{task.total:.0f} {task.fields[unit]}", table_column=Column(no_wrap=True)
-                ),
-                _Rate(table_column=Column(no_wrap=True)),
-                _Left(table_column=Column(no_wrap=True)),
-                *([TimeElapsedColumn(table_column=Column(no_wrap=True))] if wide else []),
-                _Shown(table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-                console=self.err,
-                transient=True,
-                expand=True,
-            )
-            progress.start()
-        bar = _Bar(self, progress, description, pace)
+        bar = _Bar(self, self._bars, description, pace)
         try:
-            yield bar
+            with self.alive():
+                yield bar
         finally:
-            progress.remove_task(bar.id)
-            if outermost:
-                progress.stop()
-                self._progress = None
+            self._bars.remove_task(bar.id)
+            self._said = time.monotonic()
 
     def say(self, message: str) -> None:
         """A line of the log."""
-        self.err.print(message, style="dim", markup=False, soft_wrap=True)
+        self.err.print(visible(message), style="dim", markup=False, soft_wrap=True)
+        self._said = time.monotonic()
 
     def next(self, command: str) -> None:
         """The command that comes next, ready to be pasted; it is shown below the result."""
@@ -198,7 +232,7 @@ class Console:
         """Lines under a title, each cut at the width of the terminal."""
         self.err.print(title, style="bold", markup=False)
         for line in lines:
-            self.err.print(f" {line}", markup=False, no_wrap=True, overflow="ellipsis", crop=True)
+            self.err.print(f" {visible(line)}", markup=False, no_wrap=True, overflow="ellipsis", crop=True)
         self.err.print()
 
     def facts(self, title: str, facts: Mapping[str, Any]) -> None:
@@ -208,6 +242,8 @@ class Console:
     def result(self, paths: Sequence[Any], facts: dict[str, Any]) -> None:
         """The result: one path a line, or `facts` as one JSON object, in which `written` are those paths. Of several
         processes the first prints it."""
+        if self._live is not None:
+            self._live.stop()  # what is printed to stdout would stand in its line
         if not self.first:
             return
         written = [str(path) for path in paths if isinstance(path, Path)]
@@ -220,16 +256,21 @@ class Console:
 
 def _headed(head: str, style: str, message: str) -> Text:
     """Only the head has a colour: yellow sentences cannot be read on a light ground."""
-    return Text.assemble((head, style), f" {message}")
+    return Text.assemble((head, style), f" {visible(message)}")
+
+
+def visible(text: str) -> str:
+    """`text` with a picture for each control character: those of a row would steer the terminal that shows them."""
+    return text.translate(_PICTURES)
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
-        return str(value).lower()
+        return visible(str(value)).lower()
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):
         return ", ".join(map(_shown, value)) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_shown(item)}" for key, item in value.items()) or "none"
-    return str(value)
+    return visible(str(value))

@@ -55,7 +55,8 @@ def inspect(
 
     With a model, from CONFIG or --model, a dataset is shown as the model will see it: how long its rows are, what
     is truncated or dropped and why, and one row with the tokens that are learned in colour. Of scores the best and the
-    worst rows are shown as text where CONFIG or --data names the datasets that they score.
+    worst rows are shown as text where CONFIG or --data names the datasets that they score, of a subset its first and
+    its last rows. Of a finished run what was picked.
     """
     options = {
         "model_name_or_path": model,
@@ -68,7 +69,7 @@ def inspect(
     with s.session(arguments, options, as_json=as_json, quiet=quiet) as session:
         from dataflex.data.catalog import find_sources
         from dataflex.errors import UsageError
-        from dataflex.files import check_output_file
+        from dataflex.files import check_output_file, read_jsonl
         from dataflex.inspection import inspect as look
 
         console = session.console
@@ -93,7 +94,8 @@ def inspect(
         elif plot is not None:
             raise UsageError(f"--plot draws scores, and {target} is a {found.kind}; name a score file or a selection")
         if found.kind == "subset":
-            show_subset(console, Path(found.name), found.facts["selected"])
+            path = Path(found.name)
+            show_subset(console, path, read_jsonl(path, "subset"), ("the first rows", "the last rows"))
         if _is_finished_run(found):
             show_run(console, Path(found.name), found.facts)
         if found.data is not None and found.example is not None:
@@ -108,12 +110,14 @@ def inspect(
 
 
 def _is_finished_run(found: Inspection) -> bool:
-    return found.facts.get("command") == "dynamic" and found.facts.get("finished") is True
+    tabled = found.facts.keys() >= set(TABLED_OF_RUN) - {"selections_at", "current_steps", "total_steps", "others"}
+    return found.facts.get("command") == "dynamic" and found.facts.get("finished") is True and tabled
 
 
 def _told(found: Inspection) -> dict[str, Any]:
-    """The facts that the terminal shows: without those that a table of scores has, and of a store without the keys at
-    their defaults, unless they name its direction or projection. Fingerprints are cut to what a glance compares."""
+    """The facts that the terminal shows: without those that the tables of scores or of a finished run have, and of a
+    store without the keys at their defaults, unless they name its direction or projection. Fingerprints are cut to
+    what a glance compares."""
     from dataflex.config import RunConfig, default_of
     from dataflex.store.reader import SHOWN
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 @dataclass
 class Pace:
     """The pace of one task: the mean over all of it, so that it lasts through steps of a minute. Units that an earlier
-    run did, and pauses, are no part of it."""
+    run did, and pauses, are no part of it. A thread that draws may read it at any moment."""
 
     total: int
     unit: str
@@ -31,11 +31,12 @@ class Pace:
     def pause(self, kind: str) -> Iterator[None]:
         """The block is no part of the pace."""
         self._to_begin[kind] = max(0, self._to_begin.get(kind, 0) - 1)
-        self._pause = kind, self.clock()
+        began = self.clock()
+        self._pause = kind, began
         try:
             yield
         finally:
-            self._paused.setdefault(kind, []).append(self.clock() - self._pause[1])
+            self._paused = {**self._paused, kind: [*self._paused.get(kind, []), self.clock() - began]}
             self._pause = None
 
     @property
@@ -45,8 +46,8 @@ class Pace:
 
     @property
     def _own_seconds(self) -> float:
-        paused = sum(map(sum, self._paused.values()))
-        return self.seconds - paused - (self.clock() - self._pause[1] if self._pause else 0.0)
+        paused, pause = sum(map(sum, self._paused.values())), self._pause
+        return self.seconds - paused - (self.clock() - pause[1] if pause else 0.0)
 
     def rate(self) -> str:
         """Units a second, or below one a second the seconds of one; nothing before the first."""
@@ -63,13 +64,14 @@ class Pace:
         if not done:
             return ""
         seconds, more = self._own_seconds / done * max(0, self.total - self.done), False
-        for kind, number in self._to_begin.items():
-            lengths = self._paused.get(kind, [])
+        paused, pause = self._paused, self._pause
+        for kind, number in list(self._to_begin.items()):
+            lengths = paused.get(kind, [])
             more = more or (number > 0 and not lengths)
             seconds += number * sum(lengths) / max(1, len(lengths))
-        if self._pause:
-            kind, since = self._pause
-            lengths = self._paused.get(kind, [])
+        if pause:
+            kind, since = pause
+            lengths = paused.get(kind, [])
             more = more or not lengths
             seconds += max(0.0, sum(lengths) / max(1, len(lengths)) - (self.clock() - since))
         return f"{'over ' if more else ''}{datetime.timedelta(seconds=round(seconds))}"

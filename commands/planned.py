@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from dataflex.commands.console import Console
+from dataflex.commands.console import Console, visible
 from dataflex.commands.session import Session
 
 
@@ -69,12 +69,13 @@ def _numbers(data: Mapping[str, Any]) -> dict[str, int]:
 
 def _show_example(console: Console, name: str, example: Mapping[str, Any]) -> None:
     """The text of a row. Without colours, brackets tell what is learned."""
-    coloured = console.err.is_terminal and console.err.color_system is not None
+    coloured = console.err.is_terminal and console.err.color_system is not None and not console.err.no_color
     legend = "green is learned" if coloured else "⟦…⟧ is learned"
     console.err.print(f"{name}: row {example['row']} of {example['dataset']}; {legend}", style="bold", markup=False)
     text = Text()
     for span in example["spans"]:
-        shown = span["text"] if coloured or not span["supervised"] else f"⟦{span['text']}⟧"
+        shown = visible(span["text"])
+        shown = shown if coloured or not span["supervised"] else f"⟦{shown}⟧"
         text.append(shown, style="green" if span["supervised"] else "dim")
     console.err.print(text, soft_wrap=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,12 @@ from dataflex.commands import session as s
 from dataflex.commands.planned import show_plan
 from dataflex.commands.summaries import show_best_and_worst, show_scores
 from dataflex.config import help_of
+from dataflex.errors import UsageError
+from dataflex.progress import Interrupted
+
+if TYPE_CHECKING:
+    from dataflex.data.records import Source
+    from dataflex.influence.scores import Scores
 
 WORDS = {
     "length_correlation": "Spearman's correlation with supervised tokens",
@@ -48,7 +54,6 @@ def score(
         if dry_run:
             return show_plan(session, "score", launches=True, nproc=nproc)
         import dataflex
-        from dataflex.data.catalog import find_sources
         from dataflex.influence.score_file import read_scores
         from dataflex.influence.sidecar import facts_of
 
@@ -57,8 +62,8 @@ def score(
         made = facts_of(path)
         show_scores(session.console, f"scores of {len(scores.row)} rows", scores)
         names = session.config.dataset
-        sources = find_sources(names, session.config.dataset_dir) if names and session.console.first else []
-        show_best_and_worst(session.console, scores, sources, made.get("files"))
+        if not session.console.quiet:
+            _show_rows(session, scores, names or [], made.get("files"))
         correlations = {key: made[key] for key in WORDS if key in made}
         session.console.facts("scores", {WORDS[key]: value for key, value in correlations.items()})
         if names:
@@ -67,3 +72,18 @@ def score(
             session.next("select", *config, "--scores", path, "--data", ",".join(names), "--top", "5%", "-o", subset)
         facts = {"command": "score", "output": str(path), "rows": len(scores.row)} | correlations
         session.console.result([path], facts)
+
+
+def _show_rows(session: s.Session, scores: Scores, names: list[str], files: str | None) -> None:
+    """Rows as text where their data is there. The scores are written, and whatever goes wrong here does not undo it."""
+    from dataflex.data.catalog import find_sources
+
+    sources: list[Source] = []
+    try:
+        sources = find_sources(names, session.config.dataset_dir)
+    except UsageError as reason:
+        session.console.warning(f"no row is shown as text: {reason}")
+    try:
+        show_best_and_worst(session.console, scores, sources, files)
+    except Interrupted:
+        session.console.warning("interrupted after the scores were written; no row is shown as text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +47,7 @@ def select(
         if session.config.plain:
             show_best(session.console, scored, chosen)
         else:
-            show_subset(session.console, path, len(chosen))
+            titles = "the best rows", "the last rows that were selected"
+            show_subset(session.console, path, map(json.loads, subset.lines), titles)
         session.next("train", s.CONFIG, "--dataset", path, "-o", "saves/selected")
         session.console.result([path], {"command": "select", "output": str(path), "rows": len(chosen)})

@@ -93,12 +93,16 @@ class Session:
     console: Console
     path: Path | None
     """The YAML that was given."""
+    dataset_dir: str | None = None
+    """The dataset_dir that was given beside it."""
 
     def next(self, *words: Any) -> None:
         """Name the command that comes next, ready to be pasted. CONFIG among its words stands for the YAML; a command
         that was told everything without a YAML has no next one that is as short."""
         if CONFIG in words and self.path is None:
             return
+        if CONFIG in words and self.dataset_dir is not None:
+            words = (*words, f"dataset_dir={self.dataset_dir}")
         self.console.next(shlex.join(["dataflex", *(str(self.path if word is CONFIG else word) for word in words)]))
 
 
@@ -140,14 +144,16 @@ def session(
                 console.warning(f"trust_remote_code: the code that {config.model_name_or_path} brings is run")
             if command is not None:
                 check_needs(config, command)
+            loads = command is not None and "model_name_or_path" in needed_keys(command)
+            if console.err.is_terminal and loads and not environment.launched():  # by then the launcher has said it
+                console.say(f"loading torch and transformers, then {config.model_name_or_path}")
             if not alone:
                 _start_processes(config, nproc, console)
-            loads = command is not None and "model_name_or_path" in needed_keys(command)
-            if console.err.is_terminal and loads:  # the imports take seconds, a large model minutes
-                console.say(f"loading torch and transformers, then {config.model_name_or_path}")
             if notice := namesake_notice():  # after a launcher's part of the command, so that it is said once
                 console.warning(notice)
-            yield Session(config, console, path)
+            with console.alive():
+                beside = "dataset_dir" in given or any(text.startswith("dataset_dir=") for text in overrides)
+                yield Session(config, console, path, config.dataset_dir if beside else None)
             if "torch.distributed" in sys.modules:
                 from dataflex import processes
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import collections
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,14 +69,16 @@ def show_best(console: Console, scores: Scores, order: Sequence[int] | np.ndarra
     console.table("the best rows", ["row", *_named(scores, "dataset"), "score"], rows)
 
 
-def show_subset(console: Console, path: Path, size: int) -> None:
-    """The best and the last of the `size` rows that `select` wrote to `path`, as text."""
-    from dataflex.reporting.scores import ends_of_subset
+def show_subset(console: Console, path: Path, records: Iterable[dict[str, Any]], titles: tuple[str, str]) -> None:
+    """The first and the last of a subset's records as text, a title above each; no record is in both."""
+    from dataflex.reporting.scores import subset_as_text
 
-    ends = ends_of_subset(path, size, MOST_SHOWN)
-    _show_rows(console, "the best rows", ends["first"])
-    if ends["last"]:
-        _show_rows(console, "the last rows that were selected", ends["last"])
+    records = iter(records)
+    first = list(itertools.islice(records, MOST_SHOWN))
+    last = list(collections.deque(records, maxlen=MOST_SHOWN))
+    for title, shown in zip(titles, (first, last), strict=True):
+        if shown:
+            _show_rows(console, title, subset_as_text(path, shown))
 
 
 def _named(scores: Scores, name: str) -> list[str]:
@@ -87,7 +91,8 @@ def _show_rows(console: Console, title: str, entries: Sequence[Mapping[str, Any]
     lines = []
     for entry in entries:
         text = " → ".join(" ".join(turn["text"].split()) for turn in entry.get("turns", []))
-        lines.append(f"{entry['row']:>7}  {entry['score']:7.4f}  {text}")
+        score = f"{entry['score']:7.4f}" if "score" in entry else ""
+        lines.append(f"{entry.get('row', '')!s:>7}  {score}  {text}")
     console.lines(title, lines)
 
 
@@ -102,19 +107,25 @@ def show_run(console: Console, folder: Path, run: Mapping[str, Any]) -> None:
     if len(made) > MOST_SELECTIONS:
         rows.insert(-1, [f"… {len(made) - MOST_SELECTIONS} more", "", *["" for _ in pool]])
     console.table("What was picked", ["", "rows", *pool], rows)
-    before_and_after, others = "{before:.4f} before, {after:.4f} after", run.get("others")
+    others = run.get("others")
     console.facts(
         "The run",
         {
             "optimizer steps": f"{run['steps']}, {run['rows_per_step']} rows each",
             "selections": f"{len(made)}, listed in {folder}/selections/",
-            f"loss on {run['eval_rows']} eval rows": before_and_after.format(**run["eval_loss"]),
-            **({f"on {others['rows']} untrained rows": before_and_after.format(**others)} if others else {}),
+            f"loss on {run['eval_rows']} eval rows": _before_and_after(run["eval_loss"]),
+            **({f"on {others['rows']} untrained rows": _before_and_after(others)} if others else {}),
             "seconds": ", ".join(f"{name} {value:.0f}" for name, value in run["seconds"].items()),
             "adapter, logs, checkpoints": f"{folder}/",
             **({"page": f"{folder}/report.html"} if (folder / "report.html").is_file() else {}),
         },
     )
+
+
+def _before_and_after(loss: Mapping[str, float | None]) -> str:
+    """Two losses; one that was not finite is None in run.json."""
+    shown = {name: "not finite" if loss.get(name) is None else f"{loss[name]:.4f}" for name in ("before", "after")}
+    return f"{shown['before']} before, {shown['after']} after"
 
 
 def _share(part: int, whole: int) -> str:

@@ -60,9 +60,13 @@ def load_config(
     values = read_yaml_mapping(path, "config") if path is not None else {}
     _rename(values, problems)
     folder = Path(path).parent if path is not None else None
-    arguments = {**(options or {}), **_read_overrides(overrides, problems)}
-    _rename(arguments, problems)
-    values.update(arguments)
+    arguments: set[str] = set()
+    for given in (dict(options or {}), _read_overrides(overrides, problems)):
+        arguments |= given.keys()
+        _rename(given, problems)
+        further = given.get("training_arguments")
+        arguments |= given.keys() | (further.keys() if isinstance(further, dict) else set())
+        values.update(given)
 
     for key, reason in REFUSED_KEYS.items():
         value = values.pop(key, None)
@@ -283,12 +287,14 @@ def _selector(name: Any, where: str, problems: list[str]) -> dict[str, Any]:
 
 
 def _told(problems: Sequence[str], where: str, arguments: Collection[str]) -> str:
-    """All problems under `where` they are: in the file, or among the keys that were given as `arguments`."""
-    keys = [re.match(r"key '(\w+)|argument", problem) for problem in problems]
+    """All problems under `where` they are: in the file, among the keys that were given as `arguments`, or in both where
+    several keys do not go together."""
+    keys = [re.match(r"key '([^']+)'|argument", problem) for problem in problems]
     given = [key is not None and (key[1] is None or key[1] in arguments) for key in keys]
     if all(given):
         where = "arguments"
     else:
+        where = f"{where} and arguments" if arguments and None in keys else where
         problems = [f"{text} (an argument)" if own else text for text, own in zip(problems, given, strict=True)]
     if len(problems) == 1:
         return f"{where}: {problems[0]}"

@@ -104,7 +104,7 @@ class TestComplaints:
         )
         said = complaint(path, ["novalue", "gradient_type=adma"])
         lines = said.splitlines()
-        assert lines[0] == "config run.yaml: 11 problems"
+        assert lines[0] == "config run.yaml and arguments: 11 problems"
         assert len(lines) == 12
         for part in (
             "proj_dims", "'lora_rank': input should be greater than 0, not -1", "lerning_rate", "bf16 and fp16",
@@ -121,6 +121,15 @@ class TestComplaints:
             ("lora_rank: -1\n", ["cutoff_len=9"], "config run.yaml: key 'lora_rank': input should be greater than 0"),
             ("lora_rank: 4\n", ["novalue", "adam_beta1=x"], "arguments: 2 problems\n  argument 'novalue': expected"),
             ("lora_rank: -1\n", ["cutoff_len=0"], "config run.yaml: 2 problems\n"),
+            ("lora_rank: 4\n", ["learning-rate=3"], "arguments: key 'learning-rate': unknown; did you mean"),
+            (
+                "lora_rank: 4\n",
+                ["evaluation_strategy=steps", "eval_strategy=steps"],
+                "arguments: key 'evaluation_strategy'",
+            ),
+            ("lora_rank: 4\n", ["eval_delay=x"], "arguments: key 'eval_delay'"),
+            ("bf16: true\n", ["fp16=true"], "config run.yaml and arguments: "),
+            ("bf16: true\nfp16: true\n", [], "config run.yaml: "),
         ],
     )
     def test_it_is_said_whether_the_file_or_an_argument_is_wrong(self, text: str, arguments: list[str], told: str):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dataflex.data.catalog import find_sources
+from dataflex.data.catalog import recognise
 from dataflex.data.conversations import Unusable, to_conversation
 from dataflex.data.records import Source
 from dataflex.data.subset import Taken, take_records
@@ -94,14 +95,15 @@ def as_text(taken: Taken) -> dict[str, Any]:
     return {"dataset": source.name, "turns": _turns(source, record)}
 
 
-def ends_of_subset(path: Path, size: int, shown: int = SHOWN) -> dict[str, list[dict[str, Any]]]:
-    """`first` and `last`: the best and the last `shown` of the `size` rows that `select` wrote to `path`, as
-    `best_and_worst_as_text` gives rows; no row is in both."""
-    first = list(range(min(shown, size)))
-    last = list(range(max(len(first), size - shown), size))
-    taken, _ = take_records(find_sources([str(path)], "data"), [*first, *last])
-    found = [{**taken[place][1]["dataflex"], **as_text(taken[place])} for place in (*first, *last)]
-    return {"first": found[: len(first)], "last": found[len(first) :]}
+def subset_as_text(path: Path, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of the subset `path` as `best_and_worst_as_text` gives rows; `row` and `score` where they hold them."""
+    found = []
+    for record in records:
+        entry = {key: value for key, value in (record.get("dataflex") or {}).items() if key in ("row", "score")}
+        with contextlib.suppress(UsageError):  # of no format that is known from its first record
+            entry |= as_text((recognise(path.name, path, record), record))
+        found.append(entry)
+    return found
 
 
 def _turns(source: Source, record: dict[str, Any]) -> list[dict[str, str]]:

@@ -193,12 +193,15 @@ def _clock(seconds: float) -> str:
 
 def evaluations_after(step: int, args: TrainingArguments, steps_per_epoch: int) -> int:
     """How many evaluations on eval_dataset a training that has taken `step` steps has before it."""
-    if args.eval_strategy == "no":
+    if args.eval_strategy == "no" or step >= args.max_steps:
         return 0
-    every = steps_per_epoch if args.eval_strategy == "epoch" else needed(args.eval_steps)
+    by_epoch = args.eval_strategy == "epoch"
+    every = steps_per_epoch if by_epoch else needed(args.eval_steps)
     if every < 1:  # a share of all steps
         every = math.ceil(args.max_steps * every)
-    return math.ceil(args.max_steps / every) - int(step // every)  # the last step is always one of them
+    due = {*range(int(every), args.max_steps + 1, int(every)), args.max_steps}  # always after the last step
+    unit = steps_per_epoch if by_epoch else 1  # of eval_delay
+    return sum(at > step and at / unit >= args.eval_delay for at in due) + int(args.eval_on_start)
 
 
 def _kept(output_dir: Path, steps: int) -> str:

@@ -12,9 +12,9 @@ tool calls; three of these kinds are the target in turn, with 8 other rows. Each
 pass, two rows a step, and is measured on 24 further rows of the target's kind, which are the same for all seeds. A seed
 draws another pool and another target, trains another warm-up and begins from other LoRA weights. SmolLM2-135M-Instruct,
 LoRA rank 16, 96 tokens. The arm oracle takes rows of the target's own kind. The targets mmlu, bbh and gsm8k are the
-examples with chains of thought that the package lm-eval has for MMLU, BIG-bench Hard and GSM8K, at 256 tokens;
-of GSM8K it has eight, four of which are held out. Prints the loss against random rows with 95% intervals over seeds and
-held-out rows, and the share of the gap between random and oracle that is closed.
+examples with chains of thought that the package lm-eval has for MMLU, BIG-bench Hard and GSM8K, at 256 tokens. Of GSM8K
+it has eight: four are held out, and the other four are the target of every seed. Prints the loss against random rows
+with 95% intervals over seeds and held-out rows, and the share of the gap between random and oracle that is closed.
 With --deciles it trains on each tenth of each ranking instead, and prints Spearman's correlation of a tenth's place
 with the loss. With --again N it trains on the rows of some arms N times more, from other LoRA weights and in another
 order, and prints the held-out losses. A comparison under way goes on in --folder. Each held-out row's loss is kept in

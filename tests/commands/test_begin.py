@@ -81,6 +81,9 @@ NEXT = {
     "score run.yaml --train train.h5 --eval eval.h5 -o found.jsonl": (
         "select run.yaml --scores found.jsonl --data alpaca,identity --top 5% -o subset.jsonl"
     ),
+    "score run.yaml --train train.h5 --eval eval.h5 -o found.jsonl dataset_dir=data": (
+        "select run.yaml --scores found.jsonl --data alpaca,identity --top 5% -o subset.jsonl dataset_dir=data"
+    ),
     "select run.yaml --scores scores.jsonl --count 3 -o subset.jsonl": (
         "train run.yaml --dataset subset.jsonl -o saves/selected"
     ),

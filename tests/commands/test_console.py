@@ -52,8 +52,7 @@ def test_a_bar_is_one_line(width: int, monkeypatch) -> None:
     shown.err = RichConsole(force_terminal=True, width=width, record=True, file=io.StringIO())
     with shown.task("train gradients", 123456, "rows") as task:
         task.advance(9999, loss=1.2345, eval_loss=2.3456)
-        assert shown._progress is not None
-        lines = shown.err.render_lines(shown._progress.get_renderable())
+        lines = shown.err.render_lines(shown._view())
         text = "".join(segment.text for segment in lines[0])
     assert len(lines) == 1 and len(text) == width
     assert "9999/123456 rows" in text and "left" in text
@@ -65,8 +64,7 @@ def test_a_bar_moves_before_its_first_unit_is_done(monkeypatch) -> None:
     shown = Console()
     shown.err = RichConsole(force_terminal=True, width=80, file=io.StringIO())
     with shown.task("train gradients", 24, "rows"):
-        assert shown._progress is not None
-        [line] = shown.err.render_lines(shown._progress.get_renderable())
+        [line] = shown.err.render_lines(shown._view())
     assert "0:00:00 so far" in "".join(segment.text for segment in line)
 
 
@@ -152,8 +150,12 @@ def test_a_selection_is_shown_as_text(bench: Path, cli) -> None:
     """By `select` and by `inspect`: its best and its last rows, none twice, each under its number and its score."""
     taken = cli("select", "run.yaml", "--scores", "scores.jsonl", "--count", 8, "-o", "eight.jsonl").stderr
     lines = [json.loads(line) for line in (bench / "eight.jsonl").read_text().splitlines()]
-    for said in (taken, cli("inspect", "eight.jsonl").stderr):
-        best, last = said[said.index("the best rows") :].split("the last rows that were selected")
+    inspected = cli("inspect", "eight.jsonl").stderr
+    for said, head, foot in (
+        (taken, "the best rows", "the last rows that were selected"),
+        (inspected, "the first rows", "the last rows"),
+    ):
+        best, last = said[said.index(head) :].split(foot)
         for text, expected in ((best, lines[:5]), (last, lines[5:])):
             found = re.findall(r"^ +(\d+) +(-?\d\.\d{4})  (.*)$", text, flags=re.MULTILINE)
             assert [(int(row), score) for row, score, _ in found] == [
@@ -161,6 +163,17 @@ def test_a_selection_is_shown_as_text(bench: Path, cli) -> None:
             ]
             for (_, _, shown), line in zip(found, expected, strict=True):
                 assert shown.startswith(" ".join(line["instruction"].split())[:15])
+
+
+def test_what_is_shown_of_rows_undoes_nothing(bench: Path, cli) -> None:
+    """Scores whose data is not there any more, and a subset in a file of any name: both are written, and told."""
+    scored = cli("score", "run.yaml", "--train", "train.h5", "--eval", "eval.h5", "-o", "found.jsonl", "dataset=gone")
+    assert (scored.exit_code, scored.stdout) == (0, "found.jsonl\n"), scored.stderr
+    assert "no row is shown as text" in scored.stderr and "the best rows" in scored.stderr
+    for name in ("subset", "alpaca", "rows.csv"):  # one is a dataset's name
+        taken = cli("select", "run.yaml", "--scores", "scores.jsonl", "--count", 3, "-o", name)
+        assert (taken.exit_code, taken.stdout) == (0, f"{name}\n"), taken.stderr
+        assert "the best rows" in taken.stderr
 
 
 def test_the_table_of_an_evaluation_fits_80_columns() -> None:

@@ -9,6 +9,7 @@ from rich.console import Console as RichConsole
 
 from dataflex.commands.console import Console
 from dataflex.commands.planned import show_data
+from dataflex.commands.summaries import show_run, show_subset
 
 DATA = {
     **{"rows": 5, "kept": 3, "dropped": {"no response": 2}, "first_dropped": {"no response": 4}},
@@ -129,3 +130,57 @@ def test_a_dry_run_shows_the_data(bench: Path, cli, row_cache: Path) -> None:
     assert not row_cache.exists()
     found = json.loads(cli("train", "run.yaml", "output_dir=out", "--dry-run", "--json").stdout)
     assert found["data"]["train"]["example"]["spans"][0]["supervised"] is False
+
+
+def test_a_run_is_told_by_inspect_as_by_dynamic(bench: Path, cli) -> None:
+    """And where it cannot be: a run that has not ended, or a record that lacks what the tables show."""
+    ran = cli("dynamic", "run.yaml", "output_dir=out")
+    assert ran.exit_code == 0, ran.stderr
+    tables = ran.stderr[ran.stderr.index("What was picked") : ran.stderr.index("next: ")]
+    assert re.search(r"picked at step 4 +4 ", tables) and re.search(r"loss on 4 eval rows +\d\.\d{4} before", tables)
+    assert re.search(r"on \d untrained rows +\d\.\d{4} before, \d\.\d{4} after", tables)
+    told = cli("inspect", "out").stderr
+    assert tables.split() == told[told.index("What was picked") :].split()
+    assert "rows per step" not in told  # as a bare fact
+
+    record = json.loads((bench / "out/run.json").read_text())
+    without_loss = {**record, "eval_loss": {"before": 1.5, "after": None}, "others": None}
+    (bench / "out/run.json").write_text(json.dumps(without_loss))
+    assert "1.5000 before, not finite after" in cli("inspect", "out").stderr
+    for changed in ({**record, "finished": False}, {key: value for key, value in record.items() if key != "pool"}):
+        (bench / "out/run.json").write_text(json.dumps(changed))
+        found = cli("inspect", "out")
+        assert found.exit_code == 0, found.stderr
+        assert "What was picked" not in found.stderr and "rows per step" in found.stderr
+
+
+def test_many_selections_are_cut_in_the_middle(tmp_path: Path) -> None:
+    run = {
+        **{"rows": 9, "pool": {"a": 9}, "steps": 40, "rows_per_step": 1, "eval_rows": 2, "seconds": {"training": 1.0}},
+        "eval_loss": {"before": 1.0, "after": 0.5},
+        "selections": [{"step": step, "rows": 1, "picked": {"a": 1}} for step in range(0, 40, 2)],
+    }
+    console = Console()
+    console.err = RichConsole(width=80)
+    with console.err.capture() as captured:
+        show_run(console, tmp_path, run)
+    lines = [line.split("  ")[0].strip() for line in captured.get().splitlines()]
+    picked = [f"picked at step {step}" for step in range(0, 22, 2)]
+    assert [line for line in lines if "step " in line or "more" in line] == [*picked, "… 8 more", "picked at step 38"]
+
+
+def test_a_row_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    """Its control characters are shown as pictures, wherever text of rows is printed."""
+    console, wicked = Console(), "a\x1b[2Jb\x07c\x9bd\x7fe"
+    console.err = RichConsole(width=80, force_terminal=True, color_system="standard", highlight=False)
+    record = {"instruction": wicked, "input": "", "output": "ok", "dataflex": {"row": 1, "score": 0.5}}
+    span = {"text": wicked, "supervised": True}
+    with console.err.capture() as captured:
+        show_subset(console, tmp_path / "s.jsonl", [record], ("first", "last"))
+        show_data(console, {"train": {**DATA, "example": {**DATA["example"], "spans": [span]}}})
+        console.say(wicked)
+        console.warning(wicked)
+        console.facts("facts", {"name": wicked})
+    shown = captured.get()
+    assert shown.count("a␛[2Jb␇c\ufffdd␡e") == 5
+    assert not re.search("\x1b\\[2J|[\x07\x7f-\x9f]", shown)

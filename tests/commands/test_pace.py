@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import threading
 
 from dataflex.commands.pace import Pace
 
@@ -68,3 +69,26 @@ def test_selections_are_counted_apart_from_steps() -> None:
         assert steps.rate() == "2.0 s/step"
         known = f"{datetime.timedelta(seconds=int(end - clock.now))}"
         assert steps.left() == (f"over 0:00:{2 * (11 - step):02d}" if step < 4 else known)
+
+
+def test_another_thread_may_read_it_at_any_moment() -> None:
+    """rich draws the bars in a thread of its own."""
+    steps, failed, ended = Pace(10**6, "steps", pauses={"selection": 1}), [], threading.Event()
+
+    def draw() -> None:
+        while not ended.is_set():
+            try:
+                steps.rate(), steps.left()
+            except Exception as error:
+                failed.append(error)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    for number in range(20_000):
+        with steps.pause(f"kind {number % 40}"):
+            steps.done += 1
+        if number % 40 == 0:
+            steps._to_begin.clear()
+    ended.set()
+    thread.join()
+    assert not failed

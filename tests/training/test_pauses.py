@@ -49,6 +49,7 @@ EVALUATIONS: list[dict[str, object]] = [
     {"eval_strategy": "steps", "eval_steps": 3},  # 7 steps, so that the last evaluation is out of turn
     {"eval_strategy": "steps", "eval_steps": 0.3},
     {"eval_strategy": "epoch", "num_train_epochs": 1.5},
+    {"eval_strategy": "steps", "eval_steps": 2, "eval_delay": 4, "eval_on_start": True},
 ]
 
 

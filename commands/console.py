@@ -266,7 +266,7 @@ def visible(text: str) -> str:
 
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
-        return visible(str(value)).lower()
+        return str(value).lower()
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):

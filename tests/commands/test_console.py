@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,24 @@ def test_a_bar_moves_before_its_first_unit_is_done(monkeypatch) -> None:
     with shown.task("train gradients", 24, "rows"):
         [line] = shown.err.render_lines(shown._view())
     assert "0:00:00 so far" in "".join(segment.text for segment in line)
+
+
+def test_something_moves_between_tasks_until_the_result_is_printed(monkeypatch, capfd) -> None:
+    """A model that loads for minutes shows the time since the last line; below the result nothing is drawn."""
+    monkeypatch.setenv("TERM", "xterm")
+    shown, said = Console(), io.StringIO()
+    shown.err = RichConsole(force_terminal=True, width=80, file=said)
+    with shown.alive():
+        shown.say("loading")
+        monkeypatch.setattr(shown, "_said", shown._said - 65)
+        time.sleep(0.3)
+        assert "0:01:05" in said.getvalue()
+        shown.result([Path("out")], {})
+        assert capfd.readouterr().out == "out\n"
+        drawn = said.getvalue()
+        assert drawn.endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # the cursor is back, and the line is gone
+        time.sleep(0.3)
+    assert said.getvalue() == drawn
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def _imported(name: str) -> Any:
     from dataflex.commands.help import HELP, Command
 
     module = import_module(f"dataflex.commands.{name}")
-    alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
     alone.command(name, cls=Command, epilog=module.EXAMPLE, context_settings={"help_option_names": HELP})(
         getattr(module, name)
     )
@@ -89,7 +89,7 @@ app = typer.Typer(
         "dataflex dynamic does all of it in one run. The other commands are its steps, and exchange files: "
         "warmup → grads (training rows, validation rows) → score → select → train → merge."
     ),
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -234,8 +234,10 @@ class Stops(SilentTask):
         self.after, self.said, self.amounts = after, [], []
 
     @contextlib.contextmanager
-    def task(self, description: str, total: int, unit: str, *expected: Any) -> Iterator[Stops]:
+    def task(self, description: str, total: int, unit: str, done: int = 0, *expected: Any) -> Iterator[Stops]:
         self.current = description
+        if done:
+            self.advance(done)
         yield self
 
     def advance(self, amount: int = 1, **shown: Any) -> None:

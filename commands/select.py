@@ -46,7 +46,7 @@ def select(
         show_scores(session.console, f"selected {len(chosen)} of {len(scored.row)} rows", scored, chosen)
         if session.config.plain:
             show_best(session.console, scored, chosen)
-        else:
+        elif not session.console.quiet:
             titles = "the best rows", "the last rows that were selected"
             show_subset(session.console, path, map(json.loads, subset.lines), titles)
         session.next("train", s.CONFIG, "--dataset", path, "-o", "saves/selected")

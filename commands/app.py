@@ -11,8 +11,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from dataflex.commands.lines import help_console, print_lines
-
 # Each command and the first sentence of its function's docstring, under the panel of the group's help that lists it.
 # commands/NAME.py holds the function NAME.
 PANELS = {
@@ -53,6 +51,8 @@ class _Commands(TyperGroup):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Print usage, sentences, commands by panel and options, as the help of a command looks."""
+        from dataflex.commands.help_lines import help_console, print_lines
+
         console = help_console()
         console.print(f"Usage: dataflex {' '.join(self.collect_usage_pieces(ctx))}\n", markup=False)
         console.print(self.help or "", markup=False)

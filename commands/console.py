@@ -26,11 +26,12 @@ from dataflex.json_text import json_of_figures
 from dataflex.progress import Interrupted
 
 MANY = 8  # columns of a table that stand closer, so that numbers fit 80 characters
-_PICTURES = {
+PICTURES = {
     **{code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"},
     **{0x7F: 0x2421},
     **dict.fromkeys(range(0x80, 0xA0), 0xFFFD),
 }
+"""The character that is shown for a control character, by code; Unicode has pictures of those below 0x80."""
 SHORT = 20  # characters of a cell that is never broken
 BRIEF = 1.0  # seconds: a task that takes less is not told where there is no terminal
 EVERY = 30.0
@@ -112,7 +113,7 @@ class Console:
         self._live: Live | None = None
         self._spinner = Spinner("dots", style="dim")
         self._said = time.monotonic()
-        """When the last line was said or the last task ended."""
+        """When the last line was printed or the last task ended."""
         self._next: str | None = None
 
     def end_if_asked(self) -> None:
@@ -199,6 +200,7 @@ class Console:
 
     def warning(self, message: str) -> None:
         self.err.print(_headed("warning:", "bold yellow", message), soft_wrap=True)
+        self._said = time.monotonic()
 
     def error(self, message: str) -> None:
         """The one message of a failed command; also under --quiet."""
@@ -261,7 +263,7 @@ def _headed(head: str, style: str, message: str) -> Text:
 
 def visible(text: str) -> str:
     """`text` with a picture for each control character: those of a row would steer the terminal that shows them."""
-    return text.translate(_PICTURES)
+    return text.translate(PICTURES)
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from typer.core import TyperArgument, TyperCommand
 
 from dataflex.commands import completion
-from dataflex.commands.lines import help_console, print_lines
+from dataflex.commands.help_lines import help_console, print_lines
 from dataflex.commands.session import KEYS
 from dataflex.config import MARKS, RunConfig, default_of, help_of
 from dataflex.key_list import KeyFacts, key_facts

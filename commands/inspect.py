@@ -84,7 +84,7 @@ def inspect(
             sources = find_sources(names, session.config.dataset_dir) if names else []
             manifest = read_manifest(Path(target), len(scores.row), console) or {}
             show_scores(console, "scores", scores)
-            show_best_and_worst(console, scores, sources, manifest.get("files"))
+            show_best_and_worst(console, scores, lambda: sources, manifest.get("files"))
             if plot is not None and not dry_run:
                 from dataflex.reporting.plots import save_score_histogram
                 from dataflex.reporting.scores import figures_of_scores

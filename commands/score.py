@@ -10,11 +10,9 @@ from dataflex.commands import session as s
 from dataflex.commands.planned import show_plan
 from dataflex.commands.summaries import show_best_and_worst, show_scores
 from dataflex.config import help_of
-from dataflex.errors import UsageError
 from dataflex.progress import Interrupted
 
 if TYPE_CHECKING:
-    from dataflex.data.records import Source
     from dataflex.influence.scores import Scores
 
 WORDS = {
@@ -78,12 +76,7 @@ def _show_rows(session: s.Session, scores: Scores, names: list[str], files: str 
     """Rows as text where their data is there. The scores are written, and whatever goes wrong here does not undo it."""
     from dataflex.data.catalog import find_sources
 
-    sources: list[Source] = []
     try:
-        sources = find_sources(names, session.config.dataset_dir)
-    except UsageError as reason:
-        session.console.warning(f"no row is shown as text: {reason}")
-    try:
-        show_best_and_worst(session.console, scores, sources, files)
+        show_best_and_worst(session.console, scores, lambda: find_sources(names, session.config.dataset_dir), files)
     except Interrupted:
         session.console.warning("interrupted after the scores were written; no row is shown as text")

@@ -151,8 +151,8 @@ def session(
                 _start_processes(config, nproc, console)
             if notice := namesake_notice():  # after a launcher's part of the command, so that it is said once
                 console.warning(notice)
+            beside = "dataset_dir" in given or any(text.startswith("dataset_dir=") for text in overrides)
             with console.alive():
-                beside = "dataset_dir" in given or any(text.startswith("dataset_dir=") for text in overrides)
                 yield Session(config, console, path, config.dataset_dir if beside else None)
             if "torch.distributed" in sys.modules:
                 from dataflex import processes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,14 +46,16 @@ def show_scores(console: Console, title: str, scores: Scores, chosen: Sequence[i
         console.table("rows by best subtask", ["subtask", "rows", "best row", "its score"], rows)
 
 
-def show_best_and_worst(console: Console, scores: Scores, sources: Sequence[Source], files: str | None) -> None:
-    """The best and the worst rows as text; the best ones by number where their `sources` are not given or are others
-    than those that were scored. `files` is the hash of these, where it is known."""
+def show_best_and_worst(
+    console: Console, scores: Scores, find: Callable[[], Sequence[Source]], files: str | None
+) -> None:
+    """The best and the worst rows as text; the best ones by number where `find` finds no source, or others than those
+    that were scored. `files` is the hash of these, where it is known."""
     from dataflex.influence.scores import ranking
     from dataflex.reporting.scores import best_and_worst_as_text
 
     try:
-        if sources:
+        if sources := find():
             for kind, entries in best_and_worst_as_text(scores, None, sources, console, MOST_SHOWN, files).items():
                 _show_rows(console, f"the {kind} rows", entries)
             return
